@@ -1,0 +1,1 @@
+"""Requests: plan, schedule, run, sample, detokenize, finish. Knows no HTTP."""

@@ -1,0 +1,128 @@
+"""What a client asks of the engine and what it gets back. Plain values; knows no tensor, profile or HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from uld_serve.errors import InvalidRequest, UldError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_TOP_LOGPROBS = 20
+MAX_SEED = 2**64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to draw tokens for one request. Field names follow OpenAI's API and vLLM's extras.
+
+    `temperature` 0 is greedy. `logprobs` = n returns each drawn token's log-probability and the n best;
+    `prompt_logprobs` = n the same for every prompt token. Both are under the served (fused) distribution.
+    `max_tokens` 0 draws nothing: the prompt is only scored.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 0, "max_tokens", "must be 0 or more")
+        _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "must be between 0 and max_tokens")
+        _require(0.0 <= self.temperature <= 2.0, "temperature", "must be between 0 and 2")
+        _require(0.0 < self.top_p <= 1.0, "top_p", "must be above 0 and at most 1")
+        _require(self.top_k >= 0, "top_k", "must be 0 (off) or more")
+        _require(0.0 <= self.min_p <= 1.0, "min_p", "must be between 0 and 1")
+        _require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "must be between -2 and 2")
+        _require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "must be between -2 and 2")
+        _require(0.0 < self.repetition_penalty <= 10.0, "repetition_penalty", "must be above 0, at most 10")
+        _require(self.seed is None or 0 <= self.seed < MAX_SEED, "seed", "must be between 0 and 2**64 - 1")
+        _require(all(self.stop), "stop", "must not hold an empty string")
+        for name in ("logprobs", "prompt_logprobs"):
+            n = getattr(self, name)
+            _require(n is None or 0 <= n <= MAX_TOP_LOGPROBS, name, f"must be 0 to {MAX_TOP_LOGPROBS}")
+        _require(
+            all(-100.0 <= bias <= 100.0 for bias in self.logit_bias.values()),
+            "logit_bias",
+            "values must be between -100 and 100",
+        )
+
+
+def _require(condition: bool, param: str, what: str) -> None:
+    if not condition:
+        raise InvalidRequest(f"{param} {what}", param=param)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token's log-probability under the served distribution; -inf where the filter removed it."""
+
+    token_id: int
+    text: str
+    bytes: bytes
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptEntry:
+    name: str
+    digest: str
+    rule: str
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What was forgotten, as the sampler applied it. `profiles` is empty for the base alone."""
+
+    profiles: tuple[ReceiptEntry, ...]
+    engine: str
+
+    @property
+    def header(self) -> str:
+        """`name@digest12,…`, or `none`."""
+        if not self.profiles:
+            return "none"
+        return ",".join(f"{p.name}@{p.digest.removeprefix('sha256:')[:12]}" for p in self.profiles)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What one step added to one request. The last one has `finish_reason`; then `usage` is set too.
+
+    `text` never ends in a broken UTF-8 sequence; it may be empty while bytes or a possible stop string are
+    held back. The first Delta and the last carry the receipt; the first carries prompt log-probabilities
+    (one entry per prompt token, None for the first).
+    """
+
+    request_id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    error: UldError | None = None
+    receipt: Receipt | None = None
+    usage: Usage | None = None

@@ -1,0 +1,1 @@
+"""Measurements of what is served; talks to the engine only through LLM."""

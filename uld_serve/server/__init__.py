@@ -1,0 +1,1 @@
+"""HTTP: the OpenAI completions API and the policy in front of the engine. Knows no tensor."""

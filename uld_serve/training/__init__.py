@@ -1,0 +1,1 @@
+"""Offline training of assistants. Knows no engine and no server."""
