@@ -1,0 +1,1 @@
+"""Profiles as data: schema, directory on disk, registry of loaded versions."""
