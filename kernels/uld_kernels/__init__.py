@@ -1,0 +1,9 @@
+"""Sampling from combined language-model logits: fused_sample and fused_score, usable from any engine.
+
+`from uld_kernels import fused_sample, SampleRow, Term, rules`."""
+
+from uld_kernels import rules
+from uld_kernels.ops import fused_sample, fused_score
+from uld_kernels.rows import SampleOutput, SampleRow, ScoreOutput, Term
+
+__all__ = ["SampleOutput", "SampleRow", "ScoreOutput", "Term", "fused_sample", "fused_score", "rules"]

@@ -1,0 +1,207 @@
+"""From the streams of one row to its fused scores, in plain torch. Called by sampler_reference.
+
+After a filter it works on the survivors alone, ids ascending, so that every argmax resolves ties to the
+lowest id. Writes no formula: those are in reference.py. Knows no sampling parameter.
+
+Legend: R rows of logits, W their width (>= V), V real vocabulary, K survivors of one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, isfinite
+
+import torch
+
+from uld_kernels import reference, rules
+from uld_kernels.rows import SampleRow, Term
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """The scores of one row after bans, filters, rules and protection; log-probabilities are of these."""
+
+    ids_K: torch.Tensor
+    """int64, ascending."""
+    scores_K: torch.Tensor
+    """Finite."""
+    lse: float
+    target_lse: float
+    kl: float
+    argmax_changed: bool
+
+    @property
+    def num_kept(self) -> int:
+        return self.ids_K.shape[0]
+
+    def score_of(self, token: int) -> float:
+        """The score of one token; -inf if it was filtered."""
+        found = self.scores_K[self.ids_K == token]
+        return float(found.item()) if found.shape[0] else -inf
+
+
+class RowFailure(Exception):
+    """A row that has no token to give; `status` says why. Ends that row only."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def fuse(logits_RV: torch.Tensor, row: SampleRow, *, vocab_size: int, protected_ids: torch.Tensor) -> Fused:
+    """Bans, pre-filter, combine, fused filter, protection. Raises RowFailure."""
+    streams = _Streams(logits_RV, vocab_size)
+    b_V = streams.read(row.row_b)
+    lowest, highest = (value.item() for value in b_V.aminmax())
+    if not highest < inf:
+        raise RowFailure(rules.NUMERICAL)
+    if row.banned_ids is not None or row.allowed_mask is not None:
+        b_V = _ban(b_V, row)
+        lowest = -inf
+    terms = row.distinct_terms
+    ids_K = _prefilter(b_V, terms, has_holes=lowest == -inf)
+    if not terms:
+        b_K = gather(b_V, ids_K)
+        lse = b_K.logsumexp(-1).item()
+        return Fused(ids_K, b_K, lse=lse, target_lse=lse, kl=0.0, argmax_changed=False)
+    scores_K = _combine(streams, b_V, ids_K, terms, row.compose)
+    ids_K, scores_K = _compress(ids_K, scores_K, scores_K > -inf)
+    fused_tau = max((term.tau for term in terms if term.filter_mode == rules.FUSED), default=0.0)
+    if fused_tau > 0.0 and ids_K.shape[0] > 0:
+        ids_K, scores_K = _compress(ids_K, scores_K, reference.fused_keep(scores_K, tau=fused_tau))
+    if protected_ids.shape[0] > 0 and any(term.protect for term in terms):
+        ids_K, scores_K = _protect(b_V, ids_K, scores_K, protected_ids)
+    if ids_K.shape[0] == 0:
+        raise RowFailure(rules.NOTHING_KEPT)
+    return _measured(b_V, ids_K, scores_K)
+
+
+def gather(values_V: torch.Tensor, ids_K: torch.Tensor) -> torch.Tensor:
+    """values_V[ids_K], without the copy where nothing was filtered."""
+    return values_V if ids_K.shape[0] == values_V.shape[0] else values_V[ids_K]
+
+
+class _Streams:
+    """Reads rows of the logits as fp32 (fp64 stays fp64) without the padded head columns."""
+
+    def __init__(self, logits_RV: torch.Tensor, vocab_size: int) -> None:
+        self._logits_RV = logits_RV
+        self._vocab_size = vocab_size
+        self._dtype = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
+
+    def read(self, row: int) -> torch.Tensor:
+        return self._logits_RV[row, : self._vocab_size].to(self._dtype)
+
+    def kept(self, row: int, ids_K: torch.Tensor) -> torch.Tensor:
+        """The logits of one assistant on the kept tokens, which must all be finite."""
+        stream_K = gather(self.read(row), ids_K)
+        if stream_K.shape[0] > 0 and not all(isfinite(value.item()) for value in stream_K.aminmax()):
+            raise RowFailure(rules.NUMERICAL)
+        return stream_K
+
+    def kept_log(self, row: int, ids_K: torch.Tensor) -> torch.Tensor:
+        """The same as log-softmax over the whole vocabulary."""
+        stream_K = self.kept(row, ids_K)
+        normalizer = self.read(row).logsumexp(-1).item()
+        if not isfinite(normalizer):
+            raise RowFailure(rules.NUMERICAL)
+        return stream_K - normalizer
+
+
+def _ban(b_V: torch.Tensor, row: SampleRow) -> torch.Tensor:
+    if row.allowed_mask is not None:
+        b_V = b_V.masked_fill(~row.allowed_mask, -inf)
+    if row.banned_ids is not None:
+        b_V = b_V.index_fill(0, row.banned_ids, -inf)
+    return b_V
+
+
+def _prefilter(b_V: torch.Tensor, terms: tuple[Term, ...], *, has_holes: bool) -> torch.Tensor:
+    """Ids that bans and the filters on the target leave; of these nested filters the strictest decides."""
+    threshold = -inf
+    for term in terms:
+        if term.filter_mode == rules.PLAUSIBILITY:
+            kept_from = reference.plausibility_threshold(b_V, tau=term.tau, min_keep=term.min_keep)
+            threshold = max(threshold, kept_from.item())
+        elif term.filter_mode == rules.OFFICIAL:
+            threshold = max(threshold, reference.official_threshold(b_V, tau=term.tau).item())
+    if threshold == -inf and not has_holes:
+        return torch.arange(b_V.shape[0], device=b_V.device)
+    keep_V = b_V >= threshold if threshold > -inf else b_V > -inf
+    ids_K = keep_V.nonzero().flatten()
+    if ids_K.shape[0] == 0:
+        raise RowFailure(rules.NOTHING_KEPT)
+    return ids_K
+
+
+def _combine(
+    streams: _Streams, b_V: torch.Tensor, ids_K: torch.Tensor, terms: tuple[Term, ...], mode: int
+) -> torch.Tensor:
+    b_K = gather(b_V, ids_K)
+    if len(terms) == 1:
+        return _apply_one(streams, b_K, ids_K, terms[0])
+    penalties = [_penalty(streams, b_K, ids_K, term, vocab_size=b_V.shape[0]) for term in terms]
+    return reference.compose(b_K, penalties, mode=mode)
+
+
+def _apply_one(streams: _Streams, b_K: torch.Tensor, ids_K: torch.Tensor, term: Term) -> torch.Tensor:
+    if term.kind == rules.SUBTRACT:
+        return reference.subtract(b_K, streams.kept(term.row_a, ids_K), strength=term.strength)
+    if term.kind == rules.RELU_DIFFERENCE:
+        return reference.relu_difference(b_K, streams.kept(term.row_a, ids_K), strength=term.strength)
+    if term.kind == rules.PAIR_LINEAR:
+        log_q_K, log_p_K = streams.kept_log(term.row_q, ids_K), streams.kept_log(term.row_p, ids_K)
+        return reference.pair_linear(b_K, log_q_K, log_p_K, strength=term.strength)
+    return b_K.masked_fill(_rank_removed(streams, ids_K, term), -inf)
+
+
+def _penalty(
+    streams: _Streams, b_K: torch.Tensor, ids_K: torch.Tensor, term: Term, *, vocab_size: int
+) -> torch.Tensor:
+    if term.kind == rules.SUBTRACT:
+        log_a_K = streams.kept_log(term.row_a, ids_K)
+        return reference.subtract_penalty(log_a_K, strength=term.strength, vocab_size=vocab_size)
+    if term.kind == rules.RELU_DIFFERENCE:
+        return reference.relu_difference_penalty(b_K, streams.kept(term.row_a, ids_K), strength=term.strength)
+    if term.kind == rules.PAIR_LINEAR:
+        log_q_K, log_p_K = streams.kept_log(term.row_q, ids_K), streams.kept_log(term.row_p, ids_K)
+        return reference.pair_linear_penalty(log_q_K, log_p_K, strength=term.strength)
+    return torch.where(_rank_removed(streams, ids_K, term), inf, torch.zeros_like(b_K))
+
+
+def _rank_removed(streams: _Streams, ids_K: torch.Tensor, term: Term) -> torch.Tensor:
+    streams.kept(term.row_q, ids_K)
+    streams.kept(term.row_p, ids_K)
+    q_V, p_V = streams.read(term.row_q), streams.read(term.row_p)
+    # NaN compares false: the k-th largest would remove nothing, so a NaN anywhere ends the row.
+    if (p_V - q_V).isnan().any().item():
+        raise RowFailure(rules.NUMERICAL)
+    return reference.pair_rank_removed(q_V, p_V, rank_k=term.rank_k)[ids_K]
+
+
+def _compress(
+    ids_K: torch.Tensor, scores_K: torch.Tensor, keep_K: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if keep_K.all():
+        return ids_K, scores_K
+    return ids_K[keep_K], scores_K[keep_K]
+
+
+def _protect(
+    b_V: torch.Tensor, ids_K: torch.Tensor, scores_K: torch.Tensor, protected_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dense_V = torch.full_like(b_V, -inf).index_copy_(0, ids_K, scores_K)
+    dense_V = reference.protect(dense_V, b_V, protected_ids)
+    ids_K = (dense_V > -inf).nonzero().flatten()
+    return ids_K, dense_V[ids_K]
+
+
+def _measured(b_V: torch.Tensor, ids_K: torch.Tensor, scores_K: torch.Tensor) -> Fused:
+    lse = scores_K.logsumexp(-1).item()
+    if not isfinite(lse):
+        raise RowFailure(rules.NUMERICAL)
+    target_lse = b_V.logsumexp(-1).item()
+    logprobs_K, target_K = scores_K - lse, gather(b_V, ids_K) - target_lse
+    kl = torch.dot(logprobs_K.exp(), logprobs_K - target_K).item()
+    changed = ids_K[scores_K.argmax()].item() != b_V.argmax().item()
+    # Rounding can leave a distribution that equals the target at -1e-8.
+    return Fused(ids_K, scores_K, lse=lse, target_lse=target_lse, kl=max(kl, 0.0), argmax_changed=changed)

@@ -1,0 +1,79 @@
+"""The public operations, and the only place that asks which backend runs them. Called by engines.
+
+Knows no formula (reference.py) and no launch; it checks arguments that would otherwise read the wrong
+memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from uld_kernels import sampler_reference
+from uld_kernels.rows import SampleOutput, SampleRow, ScoreOutput
+
+
+def fused_sample(
+    logits_RV: torch.Tensor, rows: Sequence[SampleRow], *, vocab_size: int, protected_ids: torch.Tensor
+) -> SampleOutput:
+    """Combine the streams of each row, filter, and draw one token a row with its log-probability.
+
+    logits_RV      (R, W) fp32, bf16 or fp16 (fp64 for oracles); columns from vocab_size on are padding of
+                   the head and count nowhere. Arithmetic is fp32.
+    rows           B descriptions in any order, with any mix of rules and parameters; they may share rows
+                   of logits.
+    protected_ids  int64 ids (end of text, control) that terms with `protect` leave at the target's
+                   probability.
+
+    Order: bans and grammar mask on b; plausibility or official filter from b; combine; fused filter on the
+    scores; protect. Log-probabilities are reported of these scores. Then penalties and logit_bias (they
+    never revive a filtered token), temperature, top-k, top-p, min-p, draw. Temperature 0 takes the argmax,
+    ties by lowest id.
+
+    A draw depends on nothing but the row's scores and (seed, position, token id): not on batch, order or
+    device.
+    NaN or +inf in the target, or NaN or inf in another stream on a kept token, gives status
+    NUMERICAL for that row alone; nothing ever falls back to the target's scores.
+
+    Raises ValueError for rows or ids outside the logits.
+
+    >>> from uld_kernels import SampleRow, Term, rules
+    >>> logits = torch.tensor([[2.0, 1.0, 0.0], [4.0, 0.0, 0.0]])
+    >>> hush = Term(kind=rules.SUBTRACT, strength=1.0, digest=7, row_a=1)
+    >>> fused_sample(logits, [SampleRow(row_b=0, terms=(hush,), temperature=0.0)], vocab_size=3,
+    ...              protected_ids=torch.tensor([], dtype=torch.int64)).token_ids_B
+    tensor([1])
+    """
+    _check(logits_RV, rows, vocab_size)
+    return sampler_reference.sample(logits_RV, rows, vocab_size=vocab_size, protected_ids=protected_ids)
+
+
+def fused_score(
+    logits_RV: torch.Tensor,
+    rows: Sequence[SampleRow],
+    target_ids_B: torch.Tensor,
+    *,
+    vocab_size: int,
+    protected_ids: torch.Tensor,
+) -> ScoreOutput:
+    """The log-probability and rank of given tokens under the same fused scores that fused_sample draws from.
+
+    For log-probabilities of prompts and for evaluation. Penalties, bias and sampling parameters of the rows
+    play no part. A filtered token has -inf. Raises ValueError for rows or ids outside the logits.
+    """
+    _check(logits_RV, rows, vocab_size)
+    if target_ids_B.shape != (len(rows),):
+        raise ValueError(f"one target id a row: {len(rows)} rows, target_ids_B {tuple(target_ids_B.shape)}")
+    return sampler_reference.score(
+        logits_RV, rows, target_ids_B, vocab_size=vocab_size, protected_ids=protected_ids
+    )
+
+
+def _check(logits_RV: torch.Tensor, rows: Sequence[SampleRow], vocab_size: int) -> None:
+    num_rows, width = logits_RV.shape
+    if not 0 < vocab_size <= width:
+        raise ValueError(f"vocab_size {vocab_size} does not fit logits of width {width}")
+    for row in rows:
+        used = [row.row_b, *(index for term in row.terms for index in (term.row_a, term.row_q, term.row_p))]
+        if max(used) >= num_rows:
+            raise ValueError(f"row {max(used)} is outside the {num_rows} rows of logits")

@@ -1,0 +1,177 @@
+"""What one draw needs and what it gives: Term, SampleRow, SampleOutput, ScoreOutput.
+
+Built by whoever calls ops; read by the torch and Triton samplers. Knows no formula.
+
+Legend: R rows of logits, V real vocabulary, B rows to draw, N listed alternatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+import torch
+
+from uld_kernels import rules
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One applied profile of one request: a rule, its strength, its filter and the rows it reads.
+
+    `digest` is an opaque tag that comes back in the output, so that a caller can prove what was applied.
+    Terms equal in everything but strength and rows are one profile given twice; they count once.
+    """
+
+    kind: int
+    strength: float
+    digest: int
+    row_a: int = -1
+    """Row of the assistant (subtract, relu_difference)."""
+    row_q: int = -1
+    """Row of the retain-tuned or tuned stream (pairs)."""
+    row_p: int = -1
+    """Row of the forget-tuned or reference stream (pairs)."""
+    filter_mode: int = rules.NO_FILTER
+    tau: float = 0.0
+    """Relative threshold of the filter, 0 < tau <= 1."""
+    min_keep: int = 0
+    """plausibility: so many of the target's best tokens stay whatever tau says."""
+    protect: bool = False
+    rank_k: int = 0
+    """pair_rank: how many tokens are removed."""
+
+    def __post_init__(self) -> None:
+        if self.kind in (rules.SUBTRACT, rules.RELU_DIFFERENCE):
+            has_rows = self.row_a >= 0
+        elif self.kind in (rules.PAIR_LINEAR, rules.PAIR_RANK):
+            has_rows = self.row_q >= 0 and self.row_p >= 0
+        else:
+            raise ValueError(f"unknown rule code {self.kind}; a row with the identity rule has no term")
+        if not has_rows:
+            raise ValueError(f"rule {self.kind} needs {'row_a' if self.kind <= 2 else 'row_q and row_p'}")
+        if not 0.0 < self.strength < inf:
+            raise ValueError(f"strength must be positive and finite, got {self.strength}")
+        if self.filter_mode not in rules.FILTER_CODES.values():
+            raise ValueError(f"unknown filter code {self.filter_mode}")
+        if self.filter_mode != rules.NO_FILTER and not 0.0 < self.tau <= 1.0:
+            raise ValueError(f"a filter needs 0 < tau <= 1, got {self.tau}")
+        if self.filter_mode == rules.PLAUSIBILITY and self.min_keep < 1:
+            raise ValueError(f"the plausibility filter needs min_keep >= 1, got {self.min_keep}")
+        if self.kind == rules.PAIR_RANK and self.rank_k < 1:
+            raise ValueError(f"pair_rank needs rank_k >= 1, got {self.rank_k}")
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One token to draw: one request at one position. Default values change nothing."""
+
+    row_b: int
+    """Row of the target."""
+    terms: tuple[Term, ...] = ()
+    compose: int = rules.COMPOSE_MAX
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    """64 bits; more are cut off."""
+    position: int = 0
+    """Position of the drawn token in its sequence, below 2**32."""
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    prompt_ids: torch.Tensor | None = None
+    """int64; counts for the repetition penalty only."""
+    output_ids: torch.Tensor | None = None
+    """int64; counts for all three penalties."""
+    logit_bias: tuple[torch.Tensor, torch.Tensor] | None = None
+    """(int64 ids without repeats, float values)."""
+    banned_ids: torch.Tensor | None = None
+    """int64."""
+    allowed_mask: torch.Tensor | None = None
+    """bool, (V,): what a grammar allows."""
+    num_logprobs: int = 0
+    """How many most likely tokens to list."""
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.temperature < inf and 0.0 < self.top_p <= 1.0 and 0.0 <= self.min_p <= 1.0):
+            raise ValueError(
+                "temperature must be >= 0, top_p in (0, 1], min_p in [0, 1]; "
+                f"got {self.temperature}, {self.top_p}, {self.min_p}"
+            )
+        if not (0.0 < self.repetition_penalty < inf and self.num_logprobs >= 0 and self.row_b >= 0):
+            raise ValueError(
+                "repetition_penalty must be > 0, num_logprobs and row_b >= 0; "
+                f"got {self.repetition_penalty}, {self.num_logprobs}, {self.row_b}"
+            )
+        if not 0 <= self.position < 2**32:
+            raise ValueError(f"position must be in [0, 2**32), got {self.position}")
+
+    @property
+    def distinct_terms(self) -> tuple[Term, ...]:
+        """The terms in an order that does not depend on how they were given, each profile once.
+
+        Of a profile given twice with two strengths the larger one holds.
+        """
+        if len(self.terms) < 2:
+            return self.terms
+        strongest: dict[tuple[int | float | bool, ...], Term] = {}
+        for term in self.terms:
+            identity = (
+                term.digest,
+                term.kind,
+                term.filter_mode,
+                term.tau,
+                term.min_keep,
+                term.protect,
+                term.rank_k,
+            )
+            if identity not in strongest or strongest[identity].strength < term.strength:
+                strongest[identity] = term
+        return tuple(strongest[identity] for identity in sorted(strongest))
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOutput:
+    """B drawn tokens. All log-probabilities are of the fused scores, before penalties and temperature.
+
+    A row with a status other than OK has token -1, logprob -inf and no listed alternatives.
+    """
+
+    token_ids_B: torch.Tensor
+    """int64."""
+    logprob_B: torch.Tensor
+    """fp32, of the drawn token."""
+    top_ids_BN: torch.Tensor
+    """int64, most likely first, padded with -1."""
+    top_logprobs_BN: torch.Tensor
+    """fp32, padded with -inf."""
+    status_B: torch.Tensor
+    """int32: rules.OK, NUMERICAL or NOTHING_KEPT."""
+    num_kept_B: torch.Tensor
+    """int64: tokens that filters, bans and rules left; before top-k, top-p and min-p."""
+    kl_B: torch.Tensor
+    """fp32: KL(fused || target) in nats."""
+    argmax_changed_B: torch.Tensor
+    """bool: the most likely token is no longer the target's."""
+    digests: list[tuple[int, ...]]
+    """Which terms were applied, in the order of SampleRow.distinct_terms."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """Fused log-probabilities of B given tokens."""
+
+    logprob_B: torch.Tensor
+    """fp32; -inf for a token that was filtered or banned."""
+    rank_B: torch.Tensor
+    """int64: 1 + number of tokens with a higher score; 0 where status is not OK."""
+    top_ids_BN: torch.Tensor
+    top_logprobs_BN: torch.Tensor
+    status_B: torch.Tensor
+    num_kept_B: torch.Tensor
+    kl_B: torch.Tensor
+    argmax_changed_B: torch.Tensor
+    digests: list[tuple[int, ...]]
