@@ -91,6 +91,6 @@ def check_base(version: ProfileVersion, facts: BaseFacts) -> None:
             expected = (facts.module_shapes or {module: shape}).get(module)
             if shape != expected:
                 raise ProfileMismatch(
-                    f"profile '{version.name}', stream '{stream}': the adapter of {module} is for a weight of "
+                    f"profile '{version.name}', stream '{stream}': {module} adapts a weight of "
                     f"shape {shape}, but base {facts.id} has {expected}; {remedy}"
                 )

