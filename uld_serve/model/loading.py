@@ -47,6 +47,7 @@ class Base:
     vocab_size: int
     head_width: int
     num_layers: int
+    eos_ids: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
@@ -77,12 +78,20 @@ def load_base(ref: str | None = None, *, dtype: DType = "auto", device: str = "a
         tokenizer=tokenizer,
         fingerprint=fingerprint(folder),
         tokenizer_hash=tokenizer_hash(tokenizer),
-        vocab_size=len(tokenizer),
+        vocab_size=min(len(tokenizer), int(model.get_output_embeddings().weight.shape[0])),
         head_width=int(model.get_output_embeddings().weight.shape[0]),
         num_layers=int(model.config.get_text_config().num_hidden_layers),
+        eos_ids=_eos_ids(model, tokenizer),
         dtype=torch_dtype,
         device=where,
     )
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Tokens that end a text: those of the generation config (chat models may have several) or the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return tuple(sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}))
 
 
 def fingerprint(folder: Path) -> str:

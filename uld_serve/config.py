@@ -1,0 +1,59 @@
+"""Settings of the engine: what a user may set, and the same with every "auto" resolved once at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from uld_serve.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What a user may set; None means "choose for this base and device" (see `resolve`)."""
+
+    max_model_len: int | None = None
+    kv_cache_bytes: int | None = None
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_step_rows: int = 512
+    max_waiting: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "kv_cache_bytes", "block_size", "max_num_seqs", "max_step_rows", "max_waiting"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequest(f"{name} must be at least 1, not {value}", param=name)
+
+    def resolve(self, *, max_positions: int, bytes_per_token: int, free_device_bytes: int | None) -> EngineConfig:
+        """Fix the context length and the number of cache blocks.
+
+        The cache gets `kv_cache_bytes`; else nine tenths of a GPU's free memory, or 1 GiB of main memory.
+        """
+        max_model_len = min(self.max_model_len or max_positions, max_positions)
+        budget = self.kv_cache_bytes or (2**30 if free_device_bytes is None else free_device_bytes * 9 // 10)
+        num_blocks = budget // (bytes_per_token * self.block_size)
+        if num_blocks < 1:
+            raise InvalidRequest(
+                f"kv_cache_bytes {budget} holds no block of {self.block_size} tokens ({bytes_per_token} bytes each)",
+                param="kv_cache_bytes",
+            )
+        return EngineConfig(
+            max_model_len=min(max_model_len, num_blocks * self.block_size),
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            max_num_seqs=self.max_num_seqs,
+            max_step_rows=self.max_step_rows,
+            max_waiting=self.max_waiting,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Resolved settings. `max_step_rows` bounds a step's rows, target and assistant rows together."""
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_step_rows: int
+    max_waiting: int

@@ -1,0 +1,240 @@
+"""The engine: requests in, deltas out, one step at a time. Called by AsyncEngine's thread and by LLM. Knows no
+HTTP. A step is schedule, run, sample, finish; detail is below it.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import dataclass, field
+
+import torch
+
+import uld_serve
+from uld_serve.config import EngineConfig, EngineSettings
+from uld_serve.engine.batch import Batch
+from uld_serve.engine.block_pool import BlockPool
+from uld_serve.engine.detokenizer import Detokenizer
+from uld_serve.engine.plan import Decision, Planner
+from uld_serve.engine.request import Delta, FinishReason, SamplingParams, TokenLogprob
+from uld_serve.engine.runner import Runner
+from uld_serve.engine.sampler import Outcome, Sampler
+from uld_serve.engine.scheduler import Scheduled, Scheduler
+from uld_serve.engine.sequence import Sequence
+from uld_serve.engine.tokenizer import Tokenizer
+from uld_serve.errors import InvalidRequest, Overloaded, PromptTooLong, UldError
+from uld_serve.model.decoder import Decoder
+from uld_serve.model.kv_cache import KVCache
+from uld_serve.model.loading import Base
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Engine:
+    """One base model, many requests, each with its own profiles. Not thread-safe: one thread calls it."""
+
+    config: EngineConfig
+    tokenizer: Tokenizer
+    planner: Planner
+    scheduler: Scheduler
+    runner: Runner
+    sampler: Sampler
+    sequences: dict[str, Sequence] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, base: Base, settings: EngineSettings | None = None) -> Engine:
+        """Raises ModelUnsupported when the base's layers do not compute what the base computes."""
+        decoder = Decoder.of(base)
+        decoder.self_check()
+        config = _resolve(settings or EngineSettings(), decoder)
+        tokenizer = Tokenizer(base.tokenizer, vocab_size=base.vocab_size, eos_ids=base.eos_ids)
+        return cls(
+            config=config,
+            tokenizer=tokenizer,
+            planner=Planner(decoder.bank),
+            scheduler=Scheduler(config, BlockPool(config.num_blocks, config.block_size)),
+            runner=Runner.of(decoder, config),
+            sampler=Sampler(tokenizer, base.vocab_size, base.device, uld_serve.__version__),
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    def validate(self, prompt_ids: list[int], params: SamplingParams) -> None:
+        """Raise InvalidRequest or PromptTooLong for what can never run; touches no state, so any thread may ask."""
+        limit = self.config.max_model_len
+        if not prompt_ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if not all(0 <= token_id < self.tokenizer.vocab_size for token_id in prompt_ids):
+            raise InvalidRequest(f"token ids must be 0 to {self.tokenizer.vocab_size - 1}", param="prompt")
+        if len(prompt_ids) + min(params.max_tokens, 1) > limit:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt_ids)} tokens; this server takes {limit} in all, at least one of them new",
+                param="prompt",
+            )
+        unknown = [i for i in (*params.logit_bias, *params.stop_token_ids) if not 0 <= i < self.tokenizer.vocab_size]
+        if unknown:
+            field_name = "logit_bias" if unknown[0] in params.logit_bias else "stop_token_ids"
+            raise InvalidRequest(
+                f"token id {unknown[0]} is not in the vocabulary of {self.tokenizer.vocab_size}", param=field_name
+            )
+
+    def add(self, request_id: str, prompt_ids: list[int], params: SamplingParams, decision: Decision) -> None:
+        """Queue a request. Raises InvalidRequest, PromptTooLong, Overloaded or ProfileError; then nothing is held."""
+        self.validate(prompt_ids, params)
+        if self.num_waiting >= self.config.max_waiting:
+            raise Overloaded(f"{self.num_waiting} requests are waiting; try again later")
+        if request_id in self.sequences:
+            raise InvalidRequest(f"request id {request_id!r} is in use")
+        sequence = Sequence(
+            request_id=request_id,
+            prompt_ids=list(prompt_ids),
+            params=params,
+            plan=self.planner.plan(decision),
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            detokenizer=Detokenizer(
+                self.tokenizer, prompt_ids, stop=params.stop, keep_stop=params.include_stop_str
+            ),
+        )
+        self.sequences[request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> Delta | None:
+        """End a request now and free all it holds; None if it has ended already."""
+        sequence = self.sequences.get(request_id)
+        return None if sequence is None else self._finish(sequence, "abort", text="")
+
+    def step(self) -> list[Delta]:
+        """Run one step; every delta that it made."""
+        scheduled = self.scheduler.schedule()
+        outcomes, failed = self._run(scheduled)
+        deltas = [self._fail(item.sequence, error) for item, error in failed]
+        by_sequence: dict[int, list[Outcome]] = {id(item.sequence): [] for item in scheduled}
+        for outcome in outcomes:
+            by_sequence[id(outcome.want.sequence)].append(outcome)
+        lost = {id(item) for item, _ in failed}
+        for item in scheduled:
+            if id(item) not in lost:
+                deltas += self._advance(item, by_sequence[id(item.sequence)])
+        return deltas
+
+    def check_integrity(self) -> None:
+        """Blocks, adapters and sequences add up; tests call it after every step."""
+        self.scheduler.check_integrity()
+        held = [*self.scheduler.running, *self.scheduler.waiting]
+        assert {id(s) for s in held} == {id(s) for s in self.sequences.values()}, "a sequence is lost"
+        streams = sum(len(s.plan.streams) for s in self.sequences.values())
+        assert self.planner.bank.total_users == streams, "an adapter is held by nobody or not held"
+
+    def _run(self, scheduled: list[Scheduled]) -> tuple[list[Outcome], list[tuple[Scheduled, UldError]]]:
+        """Run and sample. When that raises, halve the batch until the culprit is alone: only its request ends.
+
+        Running twice is harmless: the cache is written with the same values and nothing has been drawn.
+        """
+        if not scheduled:
+            return [], []
+        try:
+            batch = Batch.of(scheduled, block_size=self.config.block_size, device=self.sampler.device)
+            return self.sampler.sample(batch.wants, self.runner.run(batch.rows)), []
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must end one request and no other
+            if len(scheduled) == 1:
+                logger.exception("request %s failed", scheduled[0].sequence.request_id)
+                return [], [(scheduled[0], _as_uld_error(error))]
+            middle = len(scheduled) // 2
+            first, second = self._run(scheduled[:middle]), self._run(scheduled[middle:])
+            return first[0] + second[0], first[1] + second[1]
+
+    def _advance(self, item: Scheduled, outcomes: list[Outcome]) -> list[Delta]:
+        """Take in what one sequence's rows gave."""
+        sequence = item.sequence
+        sequence.num_computed += item.count
+        for outcome in outcomes:
+            if outcome.error is not None:
+                return [self._fail(sequence, outcome.error)]
+            if outcome.want.target_id is not None:
+                sequence.prompt_scores.append(outcome.logprob)
+                sequence.receipt = outcome.receipt
+        if outcomes and outcomes[-1].want.target_id is None:
+            return [self._accept(sequence, outcomes[-1])]
+        if sequence.params.max_tokens == 0 and sequence.remaining == 0:
+            return [self._finish(sequence, "length", text="")]
+        return []
+
+    def _accept(self, sequence: Sequence, outcome: Outcome) -> Delta:
+        """One drawn token: its text, and whether the request is done."""
+        params, token_id = sequence.params, outcome.token_id
+        sequence.output_ids.append(token_id)
+        sequence.receipt = outcome.receipt
+        may_stop = len(sequence.output_ids) >= params.min_tokens
+        is_eos = token_id in self.tokenizer.eos_ids and not params.ignore_eos
+        text = sequence.detokenizer.push(token_id, may_stop=may_stop)
+        if may_stop and (is_eos or token_id in params.stop_token_ids or sequence.detokenizer.is_stopped):
+            return self._finish(sequence, "stop", text=text, outcome=outcome)
+        if len(sequence.output_ids) >= params.max_tokens or sequence.num_tokens >= self.config.max_model_len:
+            return self._finish(sequence, "length", text=text, outcome=outcome)
+        return Delta(
+            request_id=sequence.request_id,
+            text=text,
+            token_ids=(token_id,),
+            logprobs=None if outcome.logprob is None else (outcome.logprob,),
+            prompt_logprobs=_prompt_logprobs(sequence, after=outcome),
+            receipt=outcome.receipt if len(sequence.output_ids) == 1 else None,
+        )
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        text: str,
+        outcome: Outcome | None = None,
+        error: UldError | None = None,
+    ) -> Delta:
+        """The one end of a request: gives everything back and makes its last delta."""
+        del self.sequences[sequence.request_id]
+        self.scheduler.remove(sequence)
+        self.planner.release(sequence.plan)
+        return Delta(
+            request_id=sequence.request_id,
+            text=text + sequence.detokenizer.flush(),
+            token_ids=() if outcome is None else (outcome.token_id,),
+            logprobs=None if outcome is None or outcome.logprob is None else (outcome.logprob,),
+            prompt_logprobs=_prompt_logprobs(sequence, after=outcome),
+            finish_reason=reason,
+            error=error,
+            receipt=sequence.receipt,
+            usage=sequence.usage,
+        )
+
+    def _fail(self, sequence: Sequence, error: UldError) -> Delta:
+        return self._finish(sequence, "error", text="", error=error)
+
+
+def _prompt_logprobs(sequence: Sequence, *, after: Outcome | None) -> tuple[TokenLogprob | None, ...] | None:
+    """The prompt's scores, for the first delta of a request only: the one of its first drawn token, or its
+    last when it draws none."""
+    is_first = len(sequence.output_ids) == (0 if after is None else 1)
+    return tuple(sequence.prompt_scores) if is_first and sequence.params.prompt_logprobs is not None else None
+
+
+def _as_uld_error(error: Exception) -> UldError:
+    """What the client is told; the cause is in the log, never in the answer."""
+    return error if isinstance(error, UldError) else UldError("the request failed inside the engine")
+
+
+def _resolve(settings: EngineSettings, decoder: Decoder) -> EngineConfig:
+    base = decoder.base
+    free = torch.cuda.mem_get_info(base.device)[0] if base.device.type == "cuda" else None
+    return settings.resolve(
+        max_positions=decoder.max_positions,
+        bytes_per_token=KVCache.bytes_per_token(
+            base.num_layers, num_kv_heads=decoder.num_kv_heads, head_dim=decoder.head_dim, dtype=base.dtype
+        ),
+        free_device_bytes=free,
+    )

@@ -1,0 +1,108 @@
+"""Decides which requests run next and with how many tokens. Called by Engine.step. Knows nothing of tensors,
+text or HTTP.
+
+Oldest first. A step has a budget of rows, assistant rows counted. Blocks are taken as tokens come; when none
+is left the newest running sequence gives its blocks back and starts again later (preemption by recompute).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from uld_serve.config import EngineConfig
+from uld_serve.engine.block_pool import BlockPool
+from uld_serve.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Run the next `count` tokens of `sequence`."""
+
+    sequence: Sequence
+    count: int
+
+
+@dataclass(slots=True)
+class Scheduler:
+    config: EngineConfig
+    pool: BlockPool
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its blocks."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._free(sequence)
+
+    def schedule(self) -> list[Scheduled]:
+        scheduled: list[Scheduled] = []
+        budget = self.config.max_step_rows
+        for sequence in list(self.running):
+            if sequence not in self.running:  # preempted by an older one in this very step
+                continue
+            count = self._affordable(sequence, budget)
+            if count and self._make_room(sequence, count):
+                scheduled.append(Scheduled(sequence, count))
+                budget -= self.num_rows(sequence, count)
+        if len(self.running) == len(scheduled):  # nobody running was left out, so newcomers may join
+            self._admit(scheduled, budget)
+        return scheduled
+
+    def num_rows(self, sequence: Sequence, count: int) -> int:
+        """Rows of the widened batch: `count` target rows, and one row a stream at every scored position."""
+        scored = len(sequence.scored_positions(count)) + sequence.draws_after(count)
+        return count + scored * len(sequence.plan.streams)
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity([b for sequence in self.running for b in sequence.block_ids])
+        assert not any(sequence.block_ids for sequence in self.waiting), "a waiting sequence holds blocks"
+
+    def _admit(self, scheduled: list[Scheduled], budget: int) -> None:
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            sequence = self.waiting[0]
+            count = self._affordable(sequence, budget)
+            blocks = self.pool.try_take(self.pool.blocks_for(count)) if count else None
+            if blocks is None:
+                return
+            sequence.block_ids = blocks
+            self.running.append(self.waiting.popleft())
+            scheduled.append(Scheduled(sequence, count))
+            budget -= self.num_rows(sequence, count)
+
+    def _affordable(self, sequence: Sequence, budget: int) -> int:
+        """The longest next chunk whose rows fit the budget; 0 if none."""
+        count = min(sequence.remaining, budget)
+        while count and self.num_rows(sequence, count) > budget:
+            excess = self.num_rows(sequence, count) - budget
+            count -= max(1, excess // (1 + len(sequence.plan.streams)))
+        return max(count, 0)
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Blocks for `count` more tokens, taken from the newest sequences if need be."""
+        needed = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
+        while (blocks := self.pool.try_take(max(needed, 0))) is None:
+            newest = self.running[-1]
+            self._preempt(newest)
+            if newest is sequence:
+                return False
+        sequence.block_ids += blocks
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._free(sequence)
+        sequence.num_computed = 0
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.give_back(sequence.block_ids)
+        sequence.block_ids = []

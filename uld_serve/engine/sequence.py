@@ -1,0 +1,67 @@
+"""The engine's state of one request: tokens so far, blocks held, how much is computed. Knows no tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from uld_serve.engine.detokenizer import Detokenizer
+from uld_serve.engine.plan import Plan
+from uld_serve.engine.request import Receipt, SamplingParams, TokenLogprob, Usage
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`num_computed` tokens have their keys and values in `block_ids`; the rest are still to be run."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    plan: Plan
+    seed: int
+    detokenizer: Detokenizer
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    prompt_scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    receipt: Receipt | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to be run before the next one can be drawn."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Prompt positions are scored when asked for, and when there is nothing else to do."""
+        return self.params.prompt_logprobs is not None or self.params.max_tokens == 0
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.prompt_ids), len(self.output_ids))
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Token ids at positions [start, start + count)."""
+        prompt = len(self.prompt_ids)
+        if start >= prompt:
+            return self.output_ids[start - prompt : start - prompt + count]
+        if start + count <= prompt:
+            return self.prompt_ids[start : start + count]
+        return self.prompt_ids[start:] + self.output_ids[: start + count - prompt]
+
+    def scored_positions(self, count: int) -> range:
+        """Of the next `count` positions, those whose following prompt token is to be scored now.
+
+        A preempted sequence runs its prompt again but does not score it again.
+        """
+        if not self.scores_prompt:
+            return range(0)
+        first = max(self.num_computed, len(self.prompt_scores) - 1)
+        return range(first, min(self.num_computed + count, len(self.prompt_ids) - 1))
+
+    def draws_after(self, count: int) -> bool:
+        """Whether running the next `count` tokens ends in a draw."""
+        return self.params.max_tokens > 0 and self.num_computed + count == self.num_tokens

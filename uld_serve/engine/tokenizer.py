@@ -1,0 +1,77 @@
+"""Text to token ids and back: the base's tokenizer behind one lock. Used by the server, the detokenizer and
+LLM. Knows no request and no tensor."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from uld_serve.errors import InvalidRequest
+
+REPLACEMENT = "�"
+
+
+class Tokenizer:
+    """Thread-safe: the HTTP thread encodes while the step loop decodes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # the Rust tokenizer raises "Already borrowed" when two threads enter
+        self.vocab_size = vocab_size
+        self.eos_ids = tuple(eos_ids)
+        self.control_ids = tuple(sorted({*eos_ids, *_special_ids(tokenizer)}))
+        self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
+        self._is_byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+        self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with whatever the tokenizer itself puts in front (BOS for some models)."""
+        with self._lock:
+            return list(self._tokenizer.encode(text))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation and the opening of the assistant's turn. Raises InvalidRequest when the
+        model has no chat template or its template refuses the messages."""
+        if not self.has_chat_template:
+            raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+        try:
+            with self._lock:
+                text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+                return list(self._tokenizer.encode(text, add_special_tokens=False))
+        except TemplateError as error:
+            raise InvalidRequest("the model's chat template refuses these messages", param="messages") from error
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        with self._lock:
+            return str(
+                self._tokenizer.decode(
+                    list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+                )
+            )
+
+    def token_text(self, token_id: int) -> str:
+        """The token alone; bytes that are no UTF-8 by themselves show as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        with self._lock:
+            token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:
+            return b""
+        if self._is_byte_level and all(char in self._byte_of for char in token):
+            return bytes(self._byte_of[char] for char in token)
+        return self.decode([token_id], skip_special_tokens=False).encode()
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)

@@ -1,0 +1,205 @@
+"""Our loop over the base's own Hugging Face layers, with rows that enter at their fork and leave at their exit.
+
+Called by the engine's runner. Rows are one packed sequence to the layers; attention alone knows which row
+belongs to which sequence. Knows no request, profile or HTTP.
+
+Shapes: N rows active in a layer, D model width, R rows scored, W width of the LM head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from uld_serve.errors import ModelUnsupported
+from uld_serve.model import attention
+from uld_serve.model.kv_cache import KVCache
+from uld_serve.model.loading import Base
+from uld_serve.model.lora import AdapterBank
+from uld_serve.model.row_batch import Contexts, RowBatch, SequenceRows
+
+SELF_CHECK_TOKENS = 12
+# bf16 rounding differs between a packed and a batched product by a few units in the last place of |logit| ~ 30.
+SELF_CHECK_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1.0}
+
+
+@dataclass(slots=True)
+class Decoder:
+    """The base's embedding, layers, final norm and head, run row by row."""
+
+    base: Base
+    bank: AdapterBank
+    embed: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary: nn.Module
+    head_weight_WD: torch.Tensor
+    head_bias_W: torch.Tensor | None
+
+    @classmethod
+    def of(cls, base: Base) -> Decoder:
+        """Raises ModelUnsupported when the base is not built of layers, norm, rotary embedding and head."""
+        stack = base.model.get_decoder()
+        head = base.model.get_output_embeddings()
+        missing = [name for name in ("layers", "norm", "rotary_emb") if not hasattr(stack, name)]
+        if missing or not isinstance(head, nn.Linear):
+            raise ModelUnsupported(
+                f"{type(base.model).__name__} has no {', '.join(missing) or 'linear LM head'}; "
+                "decoder-only models with layers, norm, rotary_emb and lm_head are served"
+            )
+        attention.register()
+        base.model.set_attn_implementation(attention.ATTENTION_NAME)
+        # fp32 logits from fp32 head weights: bf16-rounded logits change the survivor set on a fifth of all rows.
+        weight = head.weight if base.device.type == "cuda" else head.weight.float()
+        return cls(
+            base=base,
+            bank=AdapterBank(stack.layers),
+            embed=base.model.get_input_embeddings(),
+            layers=stack.layers,
+            norm=stack.norm,
+            rotary=stack.rotary_emb,
+            head_weight_WD=weight.detach(),
+            head_bias_W=None if head.bias is None else head.bias.detach().float(),
+        )
+
+    @property
+    def num_kv_heads(self) -> int:
+        config = self.base.model.config.get_text_config()
+        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        config = self.base.model.config.get_text_config()
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    @property
+    def max_positions(self) -> int:
+        return int(self.base.model.config.get_text_config().max_position_embeddings)
+
+    @torch.inference_mode()
+    def forward(self, batch: RowBatch, cache: KVCache) -> torch.Tensor:
+        """Run one step's rows: fp32 logits (R, W), the batch's head rows first, then its assistants."""
+        return self._logits(self._norm(self._hidden(batch, cache)))
+
+    def _hidden(self, batch: RowBatch, cache: KVCache) -> torch.Tensor:
+        contexts = Contexts.of(batch.sequences)
+        hidden_ND = self.embed(batch.token_ids_T)
+        rotary_T = self.rotary(hidden_ND[None], batch.positions_T[None])
+        left: dict[int, torch.Tensor] = {}
+        active: tuple[int, ...] = ()
+        for first, end, riders in batch.spans(len(self.layers)):
+            hidden_ND = _reseat(hidden_ND, batch, active, riders, left)
+            active = riders
+            hidden_ND = self._run_layers(hidden_ND, first, end, batch, active, contexts, cache, rotary_T)
+        num_targets = batch.num_target_rows
+        left |= {index: hidden_ND[num_targets + row] for row, index in enumerate(active)}
+        targets_RD = hidden_ND[batch.head_rows]
+        if not left:
+            return targets_RD
+        return torch.cat([targets_RD, torch.stack([left[i] for i in range(len(batch.assistants))])])
+
+    def _run_layers(
+        self,
+        hidden_ND: torch.Tensor,
+        first: int,
+        end: int,
+        batch: RowBatch,
+        active: tuple[int, ...],
+        contexts: Contexts,
+        cache: KVCache,
+        rotary_T: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        geometry = batch.geometry(active, cache, contexts)
+        rotary = rotary_T
+        if active:
+            sources = torch.tensor([batch.assistants[i].source for i in active], device=hidden_ND.device)
+            rotary = tuple(torch.cat([table, table[:, sources]], dim=1) for table in rotary_T)  # type: ignore[assignment]
+        self._seat_adapters(batch, active)
+        try:
+            for layer in self.layers[first:end]:
+                out = layer(
+                    hidden_ND[None],
+                    attention_mask=None,
+                    position_ids=batch.positions_of(active)[None],
+                    position_embeddings=rotary,
+                    geometry=geometry,
+                )
+                hidden_ND = (out[0] if isinstance(out, tuple) else out)[0]
+        finally:
+            self.bank.rows.clear()
+        return hidden_ND
+
+    def _seat_adapters(self, batch: RowBatch, active: tuple[int, ...]) -> None:
+        rows = self.bank.rows
+        rows.clear()
+        if not active:
+            return
+        slots = [batch.assistants[i].slot for i in active]
+        rows.start = batch.num_target_rows
+        rows.only_slot = slots[0] if len(set(slots)) == 1 else None
+        rows.slots_N = torch.tensor(slots, device=batch.positions_T.device)
+
+    def _norm(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.norm(hidden_RD)
+        return normed
+
+    def _logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        if hidden_RD.device.type == "cuda" and hidden_RD.dtype != torch.float32:
+            logits_RW = torch.mm(hidden_RD, self.head_weight_WD.T, out_dtype=torch.float32)
+        else:
+            logits_RW = F.linear(hidden_RD.float(), self.head_weight_WD.float())
+        return logits_RW if self.head_bias_W is None else logits_RW + self.head_bias_W
+
+    @torch.inference_mode()
+    def self_check(self) -> None:
+        """Compare our loop with the model's own forward on a few tokens.
+
+        Raises ModelUnsupported when they differ: the model then does something outside its layers (scaled
+        embeddings, capped logits, mixed masks) that the loop would silently leave out.
+        """
+        device = self.base.device
+        token_ids = torch.arange(SELF_CHECK_TOKENS, device=device) * 7 % self.base.vocab_size
+        positions = torch.arange(SELF_CHECK_TOKENS, device=device)
+        cache = KVCache.allocate(
+            len(self.layers),
+            1,
+            block_size=SELF_CHECK_TOKENS,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.base.dtype,
+            device=device,
+        )
+        rows = SequenceRows(0, SELF_CHECK_TOKENS, positions)
+        ours = self.forward(RowBatch(token_ids, positions, positions, (rows,), (), positions), cache)
+        self.base.model.set_attn_implementation("sdpa")
+        try:
+            theirs = self.base.model(token_ids[None], use_cache=False).logits[0].float()
+        finally:
+            self.base.model.set_attn_implementation(attention.ATTENTION_NAME)
+        gap = float((ours - theirs).abs().max())
+        if not gap <= SELF_CHECK_TOLERANCE.get(self.base.dtype, 1.0):
+            raise ModelUnsupported(
+                f"{type(self.base.model).__name__} computes something outside its layers: our loop's logits differ "
+                f"from its own by {gap:.3g}; this architecture is not served"
+            )
+
+
+def _reseat(
+    hidden_ND: torch.Tensor,
+    batch: RowBatch,
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    left: dict[int, torch.Tensor],
+) -> torch.Tensor:
+    """Rows for the next run of layers: those that exit go to `left`, those that fork copy their source."""
+    if before == after:
+        return hidden_ND
+    num_targets = batch.num_target_rows
+    seat = {index: num_targets + row for row, index in enumerate(before)}
+    left |= {index: hidden_ND[seat[index]] for index in before if index not in after}
+    riders = [seat.get(index, batch.assistants[index].source) for index in after]
+    picks = torch.tensor([*range(num_targets), *riders], device=hidden_ND.device)
+    return hidden_ND[picks]

@@ -1,0 +1,123 @@
+"""The rows of one step as tensors: target rows, assistant rows, and what each may see. Built by the engine's
+batch, run by the decoder. Knows no request and no profile.
+
+Shapes: T target rows, A assistant rows, C context slots of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from uld_serve.model.attention import Geometry, SequenceGroup
+from uld_serve.model.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRows:
+    """One sequence's target rows [start, start + count) and the cache slots of its whole context,
+    those of the new rows included."""
+
+    start: int
+    count: int
+    slots_C: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AssistantRow:
+    """A row that enters as a copy of target row `source` at layer `fork` and leaves after layer `exit` - 1,
+    with the adapter in bank slot `slot` on the layers between."""
+
+    source: int
+    fork: int
+    exit: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """One step's rows. `head_rows` are the target rows whose scores are wanted, in the order wanted."""
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    sequences: tuple[SequenceRows, ...]
+    assistants: tuple[AssistantRow, ...]
+    head_rows: torch.Tensor
+
+    @property
+    def num_target_rows(self) -> int:
+        return int(self.token_ids_T.shape[0])
+
+    def spans(self, num_layers: int) -> list[tuple[int, int, tuple[int, ...]]]:
+        """Runs of layers with the same assistants: (first layer, end layer, indices of active assistants)."""
+        forks = {row.fork for row in self.assistants}
+        exits = {row.exit for row in self.assistants}
+        bounds = sorted({0, num_layers} | forks | exits)
+        return [
+            (low, high, tuple(i for i, row in enumerate(self.assistants) if row.fork <= low < row.exit))
+            for low, high in zip(bounds, bounds[1:], strict=False)
+        ]
+
+    def geometry(self, active: Sequence[int], cache: KVCache, contexts: Contexts) -> Geometry:
+        """Attention geometry of a layer in which the assistants `active` follow the target rows."""
+        riders: dict[int, list[int]] = {}
+        for row, index in enumerate(active, start=self.num_target_rows):
+            riders.setdefault(self.assistants[index].source, []).append(row)
+        groups = []
+        for members, slots_SC, is_decode in contexts.groups:
+            rows = [self._rows_of(self.sequences[member], riders) for member in members]
+            groups.append(self._group(rows, active, slots_SC, is_decode))
+        return Geometry(self.num_target_rows, self.slots_T, tuple(groups), cache)
+
+    def _rows_of(self, sequence: SequenceRows, riders: dict[int, list[int]]) -> list[int]:
+        targets = range(sequence.start, sequence.start + sequence.count)
+        return [*targets, *(row for target in targets for row in riders.get(target, ()))]
+
+    def _group(
+        self, rows: list[list[int]], active: Sequence[int], slots_SC: torch.Tensor, is_decode: bool
+    ) -> SequenceGroup:
+        device = slots_SC.device
+        width = max(len(own) for own in rows)
+        padded = [own + own[:1] * (width - len(own)) for own in rows]
+        rows_SQ = torch.tensor(padded, device=device)
+        source_P = [s * width + q for s, own in enumerate(rows) for q in range(len(own))]
+        target_P = [row for own in rows for row in own]
+        return SequenceGroup(
+            rows_SQ=rows_SQ,
+            positions_SQ=self.positions_of(active)[rows_SQ],
+            slots_SC=slots_SC,
+            source_P=torch.tensor(source_P, device=device),
+            target_P=torch.tensor(target_P, device=device),
+            same_position=is_decode,
+        )
+
+    def positions_of(self, active: Sequence[int]) -> torch.Tensor:
+        """Positions of the target rows and then of the active assistants."""
+        if not active:
+            return self.positions_T
+        sources = torch.tensor([self.assistants[i].source for i in active], device=self.positions_T.device)
+        return torch.cat([self.positions_T, self.positions_T[sources]])
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """Which sequences attend in one call, and their context slots; the same for every layer of a step."""
+
+    groups: tuple[tuple[tuple[int, ...], torch.Tensor, bool], ...]
+
+    @classmethod
+    def of(cls, sequences: Sequence[SequenceRows]) -> Contexts:
+        decoding = tuple(i for i, sequence in enumerate(sequences) if sequence.count == 1)
+        groups: list[tuple[tuple[int, ...], torch.Tensor, bool]] = []
+        if decoding:
+            # Padding repeats slot 0: whatever it holds lies beyond every query's position, so it is masked.
+            slots_SC = pad_sequence([sequences[i].slots_C for i in decoding], batch_first=True)
+            groups.append((decoding, slots_SC, True))
+        for i, sequence in enumerate(sequences):
+            if sequence.count > 1:
+                groups.append(((i,), sequence.slots_C[None], False))
+        return cls(tuple(groups))
