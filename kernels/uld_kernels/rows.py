@@ -60,6 +60,19 @@ class Term:
         if self.kind == rules.PAIR_RANK and self.rank_k < 1:
             raise ValueError(f"pair_rank needs rank_k >= 1, got {self.rank_k}")
 
+    @property
+    def profile_key(self) -> tuple[int | float | bool, ...]:
+        """What makes two terms one profile."""
+        return (
+            self.digest,
+            self.kind,
+            self.filter_mode,
+            self.tau,
+            self.min_keep,
+            self.protect,
+            self.rank_k,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
@@ -117,20 +130,11 @@ class SampleRow:
         """
         if len(self.terms) < 2:
             return self.terms
-        strongest: dict[tuple[int | float | bool, ...], Term] = {}
-        for term in self.terms:
-            identity = (
-                term.digest,
-                term.kind,
-                term.filter_mode,
-                term.tau,
-                term.min_keep,
-                term.protect,
-                term.rank_k,
-            )
-            if identity not in strongest or strongest[identity].strength < term.strength:
-                strongest[identity] = term
-        return tuple(strongest[identity] for identity in sorted(strongest))
+        chosen: dict[tuple[int | float | bool, ...], Term] = {}
+        # The rows of equal terms hold equal logits; sorting them too keeps the choice independent of order.
+        for term in sorted(self.terms, key=lambda t: (t.strength, t.row_a, t.row_q, t.row_p)):
+            chosen[term.profile_key] = term
+        return tuple(chosen[key] for key in sorted(chosen))
 
 
 @dataclass(frozen=True, slots=True)
