@@ -1,4 +1,4 @@
-"""Seeded damage to a valid directory: each is refused with a ProfileError that names the file, and never else."""
+"""Seeded damage to a valid directory: each is refused with a ProfileError naming the file, nothing else."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def other_tensors(directory: Path, rng: random.Random) -> str:
     elif kind == 5:
         tensors[name] = tensor
         tensors[rng.choice(("lm_head.weight", "base_model.model.lm_head.lora_A.weight", name + ".x"))] = (
-            tensor
+            tensor.clone()
         )
     return _edit(directory, WEIGHTS, save(tensors))
 
