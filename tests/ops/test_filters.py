@@ -70,7 +70,7 @@ def test_fused_filter_is_min_p_on_scores() -> None:
 
 
 def certain_logits(vocab_size: int = 2000) -> torch.Tensor:
-    """Row 0: a target that gives token 5 more than .999; row 1: an assistant that knows it too; row 2: not."""
+    """Row 0 gives token 5 more than .999; row 1 is an assistant that knows it too; row 2 does not."""
     rows = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(4))
     rows[0, 5], rows[1, 5], rows[2, 5] = 20.0, 26.0, 0.0
     assert rows[0].softmax(-1)[5] > 0.999
