@@ -19,12 +19,21 @@ class EngineSettings:
     max_waiting: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "kv_cache_bytes", "block_size", "max_num_seqs", "max_step_rows", "max_waiting"):
+        for name in (
+            "max_model_len",
+            "kv_cache_bytes",
+            "block_size",
+            "max_num_seqs",
+            "max_step_rows",
+            "max_waiting",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequest(f"{name} must be at least 1, not {value}", param=name)
 
-    def resolve(self, *, max_positions: int, bytes_per_token: int, free_device_bytes: int | None) -> EngineConfig:
+    def resolve(
+        self, *, max_positions: int, bytes_per_token: int, free_device_bytes: int | None
+    ) -> EngineConfig:
         """Fix the context length and the number of cache blocks.
 
         The cache gets `kv_cache_bytes`; else nine tenths of a GPU's free memory, or 1 GiB of main memory.

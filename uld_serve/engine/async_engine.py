@@ -128,7 +128,9 @@ class AsyncEngine:
                 self._beat = time.monotonic()
         except Exception as error:
             logger.exception("the step loop failed")
-            self._failure = EngineStopped(f"the engine has stopped after an internal error ({type(error).__name__})")
+            self._failure = EngineStopped(
+                f"the engine has stopped after an internal error ({type(error).__name__})"
+            )
         finally:
             self._end_all(self._failure or EngineStopped("the server has stopped"))
 

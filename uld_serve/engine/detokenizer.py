@@ -15,7 +15,12 @@ class Detokenizer:
     """`push` each drawn token, then `flush` once. `is_stopped` turns true when a stop string has come."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, stop: tuple[str, ...] = (), keep_stop: bool = False
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        stop: tuple[str, ...] = (),
+        keep_stop: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._stop = stop

@@ -78,11 +78,14 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens; this server takes {limit} in all, at least one of them new",
                 param="prompt",
             )
-        unknown = [i for i in (*params.logit_bias, *params.stop_token_ids) if not 0 <= i < self.tokenizer.vocab_size]
+        unknown = [
+            i for i in (*params.logit_bias, *params.stop_token_ids) if not 0 <= i < self.tokenizer.vocab_size
+        ]
         if unknown:
             field_name = "logit_bias" if unknown[0] in params.logit_bias else "stop_token_ids"
             raise InvalidRequest(
-                f"token id {unknown[0]} is not in the vocabulary of {self.tokenizer.vocab_size}", param=field_name
+                f"token id {unknown[0]} is not in the vocabulary of {self.tokenizer.vocab_size}",
+                param=field_name,
             )
 
     def add(self, request_id: str, prompt_ids: list[int], params: SamplingParams, decision: Decision) -> None:
@@ -142,7 +145,7 @@ class Engine:
         try:
             batch = Batch.of(scheduled, block_size=self.config.block_size, device=self.sampler.device)
             return self.sampler.sample(batch.wants, self.runner.run(batch.rows)), []
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must end one request and no other
+        except Exception as error:  # whatever it is, it must end one request and no other
             if len(scheduled) == 1:
                 logger.exception("request %s failed", scheduled[0].sequence.request_id)
                 return [], [(scheduled[0], _as_uld_error(error))]

@@ -94,7 +94,9 @@ class Planner:
         """Raise ProfileError for a profile that this engine cannot run, before anybody asks for it."""
         profile = version.profile
         if profile.target_adapter is not None:
-            raise ProfileError(f"profile '{profile.name}' has a target_adapter, which this version does not serve")
+            raise ProfileError(
+                f"profile '{profile.name}' has a target_adapter, which this version does not serve"
+            )
         for stream in profile.streams:
             if stream.kv != "borrowed":
                 raise ProfileError(
@@ -136,7 +138,9 @@ class Planner:
         if not 0 < applied.scale <= 2:
             raise InvalidRequest("forget_strength must be above 0 and at most 2", param="forget_strength")
         if rule.kind == "pair_rank" and applied.scale != 1:
-            raise InvalidRequest(f"profile '{version.name}' has no strength to scale", param="forget_strength")
+            raise InvalidRequest(
+                f"profile '{version.name}' has no strength to scale", param="forget_strength"
+            )
         index = {}
         for stream in version.profile.streams:
             key = f"{version.digest}/{stream.name}"

@@ -101,4 +101,6 @@ def admit(engine: Engine, version: ProfileVersion) -> None:
     except ProfileMismatch:
         raise
     except UldError as error:
-        raise ProfileMismatch(f"profile '{version.name}' cannot be run on this base: {error.message}") from error
+        raise ProfileMismatch(
+            f"profile '{version.name}' cannot be run on this base: {error.message}"
+        ) from error

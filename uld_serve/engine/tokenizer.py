@@ -19,7 +19,9 @@ REPLACEMENT = "�"
 class Tokenizer:
     """Thread-safe: the HTTP thread encodes while the step loop decodes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, vocab_size: int, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, *, vocab_size: int, eos_ids: Sequence[int]
+    ) -> None:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()  # the Rust tokenizer raises "Already borrowed" when two threads enter
         self.vocab_size = vocab_size
@@ -45,16 +47,22 @@ class Tokenizer:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
         try:
             with self._lock:
-                text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+                text = self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=True
+                )
                 return list(self._tokenizer.encode(text, add_special_tokens=False))
         except TemplateError as error:
-            raise InvalidRequest("the model's chat template refuses these messages", param="messages") from error
+            raise InvalidRequest(
+                "the model's chat template refuses these messages", param="messages"
+            ) from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         with self._lock:
             return str(
                 self._tokenizer.decode(
-                    list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+                    list(token_ids),
+                    skip_special_tokens=skip_special_tokens,
+                    clean_up_tokenization_spaces=False,
                 )
             )
 

