@@ -1,0 +1,238 @@
+"""The only door to the engine. A route that generates depends on `Admit(RequestModel)`, which authenticates, parses
+the body and resolves the policy; what it gets back can generate under that one Decision and no other.
+
+No other route can reach the engine: it is held here, and no endpoint takes the raw Request (a test walks them).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
+
+from uld_serve.engine.async_engine import AsyncEngine
+from uld_serve.engine.plan import Decision
+from uld_serve.engine.request import Delta
+from uld_serve.errors import InvalidRequest, UldError
+from uld_serve.server import audit
+from uld_serve.server.body import read_body
+from uld_serve.server.catalog import Catalog, catalog_of, policy_of
+from uld_serve.server.generation import Answer, Choice, Generation
+from uld_serve.server.in_flight import InFlight
+from uld_serve.server.json_gate import parse_object
+from uld_serve.server.policy import (
+    KeyPolicy,
+    Selection,
+    profile_set,
+    require_logprobs_allowed,
+    resolve,
+    select,
+)
+from uld_serve.server.protocol import (
+    REFUSED,
+    ChatRequest,
+    CompletionRequest,
+    ForgetRequest,
+    ModelRequest,
+)
+from uld_serve.server.validation import check_request
+
+HEADER = "X-Forget-Profile"
+
+ModelT = TypeVar("ModelT", bound=ModelRequest)
+RequestT = TypeVar("RequestT", CompletionRequest, ChatRequest)
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(slots=True)
+class Backend:
+    """What generates. `is_draining` turns true when the server has been told to stop."""
+
+    engine: AsyncEngine
+    in_flight: InFlight = field(default_factory=InFlight)
+    is_draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """Whether the engine lives; all that a status route may know of it."""
+
+    is_alive: bool
+    heartbeat_age_s: float
+    is_draining: bool
+
+
+def pulse_of(request: Request) -> Pulse:
+    backend = _backend_of(request)
+    engine = backend.engine
+    return Pulse(engine.is_alive, engine.heartbeat_age_s, backend.is_draining)
+
+
+class Parse(Generic[ModelT]):
+    """Dependency: the checked body of a route that does not generate. Authenticates first."""
+
+    def __init__(self, model: type[ModelT]) -> None:
+        self.model = model
+
+    async def __call__(self, request: Request) -> ModelT:
+        policy_of(request)
+        parsed = await _parsed(request, self.model)
+        catalog_of(request).profiles_of_model(parsed.model)
+        return parsed
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted(Generic[RequestT]):
+    """A request with its Decision. `created` in Unix seconds."""
+
+    id: str
+    created: int
+    request: RequestT
+    decision: Decision
+    policy: KeyPolicy
+    catalog: Catalog
+    _backend: Backend
+    _receive: Receive
+
+    async def start(self, choices: Sequence[Choice], *, n: int) -> Generation:
+        """Run the choices under this request's Decision; returns at the first Delta."""
+        return await self._unless_gone(
+            Generation.start(
+                self._backend.engine,
+                choices,
+                decision=self.decision,
+                policy=self.policy,
+                in_flight=self._backend.in_flight,
+                request_id=self.id,
+                n=n,
+            )
+        )
+
+    async def answers(self, generation: Generation) -> list[Answer]:
+        """All choices, whole. Aborts them if the client leaves meanwhile."""
+        return await self._unless_gone(self._collected(generation))
+
+    async def deltas(self, generation: Generation) -> AsyncGenerator[tuple[int, Delta], None]:
+        """The deltas of all choices, with one audit line when they end, however they end."""
+        started, outcome = time.monotonic(), "gone"
+        try:
+            async with aclosing(generation.deltas()) as deltas:
+                async for index, delta in deltas:
+                    yield index, delta
+            outcome = "ok"
+        except UldError as error:
+            outcome = error.code or error.type
+            raise
+        finally:
+            audit.record(
+                request_id=self.id,
+                key=self.policy.name,
+                user=self.request.user,
+                model=self.request.model,
+                receipt=generation.receipt.header,
+                prompt_tokens=generation.totals.prompt_tokens,
+                completion_tokens=generation.totals.completion_tokens,
+                outcome=outcome,
+                seconds=time.monotonic() - started,
+            )
+
+    async def _collected(self, generation: Generation) -> list[Answer]:
+        answers = [Answer() for _ in range(generation.num_choices)]
+        async with aclosing(self.deltas(generation)) as deltas:
+            async for index, delta in deltas:
+                answers[index].add(delta)
+        return answers
+
+    async def _unless_gone(self, work: Coroutine[None, None, ResultT]) -> ResultT:
+        """`work`'s result; ClientDisconnect, with `work` cancelled, if the client leaves first."""
+        task = asyncio.create_task(work)
+        gone = asyncio.create_task(wait_disconnected(self._receive))
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ClientDisconnect
+            return task.result()
+        finally:
+            task.cancel()
+            gone.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+
+class Admit(Generic[RequestT]):
+    """Dependency: authenticate, parse, resolve."""
+
+    def __init__(self, model: type[RequestT], *, id_prefix: str) -> None:
+        self.model: type[RequestT] = model
+        self.id_prefix = id_prefix
+
+    async def __call__(self, request: Request) -> Admitted[RequestT]:
+        policy, catalog = policy_of(request), catalog_of(request)
+        parsed = await _parsed(request, self.model)
+        selection = _selection(parsed, catalog, request)
+        require_logprobs_allowed(policy, parsed.logprob_fields)
+        return Admitted(
+            id=f"{self.id_prefix}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            request=parsed,
+            decision=resolve(policy, selection, catalog.registry),
+            policy=policy,
+            catalog=catalog,
+            _backend=_backend_of(request),
+            _receive=request.receive,
+        )
+
+
+async def wait_disconnected(receive: Receive) -> None:
+    """Until the client is gone; call it once the body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _backend_of(request: Request) -> Backend:
+    backend = request.app.state.backend
+    assert isinstance(backend, Backend)
+    return backend
+
+
+async def _parsed(request: Request, model: type[ModelT]) -> ModelT:
+    if request.url.query:
+        # A ?forget_profile=... that nobody reads must not look as if it had worked.
+        raise InvalidRequest("this route takes no query parameters; put the fields into the body")
+    limits = catalog_of(request).limits
+    body = await read_body(request, max_bytes=limits.body_bytes, timeout_s=limits.read_timeout_s)
+    return check_request(model, parse_object(body), refused=REFUSED.get(model, {}))
+
+
+def _selection(parsed: ForgetRequest, catalog: Catalog, request: Request) -> Selection:
+    named = parsed.forget_profile
+    body = profile_set([named] if isinstance(named, str) else named, param="forget_profile")
+    return select(
+        body=[body] if parsed.names_profile else [],
+        suffix=catalog.profiles_of_model(parsed.model),
+        header=_header_profiles(request),
+        strength=parsed.forget_strength,
+    )
+
+
+def _header_profiles(request: Request) -> list[frozenset[str]]:
+    """What X-Forget-Profile names: one name, or several joined by commas or "+". A header that only looks like it
+    is refused: a misspelt one must not mean "forget nothing"."""
+    values = []
+    for name, value in request.headers.items():
+        if name == HEADER.lower():
+            values.append(value)
+        elif name.startswith("x-forget"):
+            raise InvalidRequest(f"unknown header; the one that names profiles is {HEADER}", param=HEADER)
+    if len(values) > 1:
+        raise InvalidRequest(f"{HEADER} is given twice", param=HEADER)
+    return [
+        profile_set([name.strip() for name in value.replace("+", ",").split(",")], param=HEADER)
+        for value in values
+    ]

@@ -1,0 +1,51 @@
+"""Builds the FastAPI application: routes, errors, OpenAPI document, engine start and stop. Called by command and by
+tests. Knows no socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from uld_serve import __version__
+from uld_serve.server import chat, completions, faults, models, status, tokens
+from uld_serve.server.admission import Backend
+from uld_serve.server.catalog import Catalog
+from uld_serve.server.openapi import document
+from uld_serve.server.responses import ErrorResponse
+
+ERRORS: dict[int | str, dict[str, object]] = {
+    code: {"model": ErrorResponse} for code in (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503)
+}
+
+
+def create_app(catalog: Catalog, backend: Backend) -> FastAPI:
+    """The whole API over one engine, which starts and stops with the application."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        backend.engine.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(backend.engine.stop)
+
+    # Interactive docs would load their scripts from another host.
+    app = FastAPI(
+        title="uld-serve",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=ERRORS,
+        redirect_slashes=False,
+    )
+    app.state.catalog = catalog
+    app.state.backend = backend
+    faults.install(app)
+    for module in (completions, chat, tokens, models, status):
+        module.add_routes(app)
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    return app

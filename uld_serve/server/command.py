@@ -1,0 +1,162 @@
+"""`uld-serve serve`: settings, model and profiles into a listening server. Called by cli; everything that can be
+wrong is refused here, before the address answers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.table import Table
+
+from uld_serve.assembly import Assembly, assemble
+from uld_serve.config import EngineSettings
+from uld_serve.engine.async_engine import AsyncEngine
+from uld_serve.errors import InvalidRequest
+from uld_serve.server import audit
+from uld_serve.server.admission import Backend
+from uld_serve.server.app import create_app
+from uld_serve.server.catalog import Catalog
+from uld_serve.server.keys import KeyRing, sha256_of
+from uld_serve.server.listener import Listener, bound_socket, is_loopback
+from uld_serve.server.policy import KeyPolicy
+from uld_serve.server.settings import ServerSettings, check_profiles_exist, checked_settings, read_settings
+
+KEY_VARIABLE = "ULD_SERVE_API_KEY"
+MIN_KEY_CHARS = 16
+OVERRIDES = ("model", "profiles", "host", "port", "dtype", "device", "max_model_len", "audit_log")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("serve", help="serve the OpenAI-compatible API", description=__doc__)
+    parser.add_argument(
+        "--model", metavar="ID_OR_PATH", help="Hugging Face id or directory (default: the embedded one)"
+    )
+    parser.add_argument(
+        "--profiles",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="a profile, or a directory of profiles; may be repeated (default: the built-in ones, for the embedded model)",
+    )
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1; others need a key)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"))
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--max-model-len", type=int, metavar="TOKENS", help="longest prompt and answer together"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="server.toml", help="settings and keys; options above win"
+    )
+    parser.add_argument("--audit-log", type=Path, metavar="FILE", help="append one JSON line per request")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C; 0 after a clean stop. Raises UldError when it cannot start."""
+    settings = settings_of(args)
+    keys = key_ring(settings, os.environ)
+    require_safe_address(settings.host, keys)
+    if settings.audit_log is not None:
+        audit.write_to(settings.audit_log)
+    console = Console(stderr=True, highlight=False)
+    with bound_socket(settings.host, settings.port) as sock:
+        with console.status("loading the model and its profiles"):
+            assembly = _assemble(settings)
+            check_profiles_exist(settings.keys, assembly.registry)
+        catalog = _catalog(assembly, settings, keys)
+        backend = Backend(AsyncEngine(assembly.engine))
+        url = f"http://{_in_url(settings.host)}:{sock.getsockname()[1]}"
+        listener = Listener(
+            create_app(catalog, backend),
+            backend,
+            settings.limits,
+            on_ready=lambda: _print_banner(console, catalog, url, is_open=keys.is_open),
+        )
+        return _serve(listener, sock)
+
+
+def settings_of(args: argparse.Namespace) -> ServerSettings:
+    """The file's settings with the command line's on top."""
+    settings = read_settings(args.config) if args.config is not None else ServerSettings()
+    given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    return checked_settings(settings.model_dump(exclude_unset=True) | given, source="command line")
+
+
+def key_ring(settings: ServerSettings, environment: Mapping[str, str]) -> KeyRing:
+    """The file's keys, and one that may do everything if ULD_SERVE_API_KEY is set (for containers)."""
+    policies = {bytes.fromhex(key.sha256): key.policy for key in settings.keys}
+    key = environment.get(KEY_VARIABLE)
+    if key is not None:
+        if len(key) < MIN_KEY_CHARS:
+            raise InvalidRequest(f"{KEY_VARIABLE} must have at least {MIN_KEY_CHARS} characters")
+        policies[sha256_of(key.encode())] = KeyPolicy(name=KEY_VARIABLE, allow_base=True, logprobs=True)
+    return KeyRing(policies)
+
+
+def require_safe_address(host: str, keys: KeyRing) -> None:
+    """Without keys everybody who reaches the port may do everything, so only this machine may reach it."""
+    if keys.is_open and not is_loopback(host):
+        raise InvalidRequest(
+            f"refusing to listen on {host} without keys: add [[keys]] to --config, set {KEY_VARIABLE}, "
+            "or listen on 127.0.0.1"
+        )
+
+
+def _assemble(settings: ServerSettings) -> Assembly:
+    return assemble(
+        settings.model,
+        profiles=settings.profiles,
+        dtype=settings.dtype,
+        device=settings.device,
+        settings=EngineSettings(max_model_len=settings.max_model_len),
+    )
+
+
+def _catalog(assembly: Assembly, settings: ServerSettings, keys: KeyRing) -> Catalog:
+    return Catalog(
+        model=assembly.base.served_name,
+        registry=assembly.registry,
+        tokenizer=assembly.engine.tokenizer,
+        max_model_len=assembly.engine.config.max_model_len,
+        created=int(time.time()),
+        keys=keys,
+        limits=settings.limits,
+    )
+
+
+def _serve(listener: Listener, sock: socket.socket) -> int:
+    # uvicorn raises the signal again once it has stopped; ours make that a clean exit.
+    before = {number: signal.signal(number, _already_stopped) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        listener.run(sockets=[sock])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _already_stopped(_number: int, _frame: FrameType | None) -> None:
+    return None
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _print_banner(console: Console, catalog: Catalog, url: str, *, is_open: bool) -> None:
+    table = Table(box=None, show_header=False)
+    table.add_row("model", catalog.model)
+    for version in catalog.registry:
+        table.add_row("profile", version.ref)
+    table.add_row(
+        "keys", "none: everything is allowed from this machine" if is_open else str(len(catalog.keys))
+    )
+    table.add_row("ready", f"{url}/v1")
+    console.print(table)

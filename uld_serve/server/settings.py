@@ -1,0 +1,126 @@
+"""server.toml: what an operator may set, checked before anything is loaded. Read by command. Knows no engine."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from uld_serve.errors import InvalidRequest, ProfileError
+from uld_serve.server.policy import NONE, KeyPolicy, Profiles
+
+_FROZEN = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+ProfileName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Limits(BaseModel):
+    """Bounds of the HTTP edge, in bytes and seconds."""
+
+    model_config = _FROZEN
+
+    body_bytes: Annotated[int, Field(ge=1024, le=2**28)] = 2**20
+    header_bytes: Annotated[int, Field(ge=1024, le=2**20)] = 32 * 1024
+    read_timeout_s: Annotated[float, Field(gt=0)] = 15.0
+    write_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    grace_s: Annotated[float, Field(ge=0)] = 20.0
+    heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+
+class KeySettings(BaseModel):
+    """One [[keys]] entry. What is left out is refused, except that any profile may be asked for: forgetting more
+    is always allowed."""
+
+    model_config = _FROZEN
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    mandatory: list[ProfileName] = []
+    allowed: list[ProfileName] | Literal["*"] = "*"
+    default: list[ProfileName] = []
+    allow_base: bool = False
+    logprobs: Literal["off", "fused"] | None = None
+    max_concurrency: Annotated[int | None, Field(ge=1)] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mandatory and self.allow_base:
+            raise ValueError("a key with mandatory profiles cannot have allow_base")
+        if not (self.mandatory or self.allow_base or self.allowed or self.default):
+            raise ValueError("this key could never be answered: give it a profile or allow_base")
+        return self
+
+    @property
+    def policy(self) -> KeyPolicy:
+        """Log-probabilities unset: on only for a key that may see the base anyway."""
+        return KeyPolicy(
+            name=self.name,
+            mandatory=frozenset(self.mandatory),
+            allowed="*" if self.allowed == "*" else frozenset(self.allowed),
+            default=frozenset(self.default),
+            allow_base=self.allow_base,
+            logprobs=self.allow_base if self.logprobs is None else self.logprobs == "fused",
+            max_concurrency=self.max_concurrency,
+        )
+
+
+class ServerSettings(BaseModel):
+    """All of server.toml. `model` None is the embedded default, `profiles` None the built-in ones."""
+
+    model_config = _FROZEN
+
+    model: str | None = None
+    profiles: list[Path] | None = None
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    device: str = "auto"
+    max_model_len: Annotated[int | None, Field(ge=1)] = None
+    audit_log: Path | None = None
+    limits: Limits = Limits()
+    keys: list[KeySettings] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for field in ("name", "sha256"):
+            values = [getattr(key, field) for key in self.keys]
+            if len(set(values)) != len(values):
+                raise ValueError(f"two keys have the same {field}")
+        return self
+
+
+def read_settings(path: Path) -> ServerSettings:
+    """Raises InvalidRequest naming the file and the fields that are wrong."""
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path} is not TOML: {error}") from None
+    return checked_settings(data, source=str(path))
+
+
+def checked_settings(data: Mapping[str, object], *, source: str) -> ServerSettings:
+    try:
+        return ServerSettings.model_validate(data)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}"
+            for item in error.errors(include_url=False, include_input=False)[:3]
+        )
+        raise InvalidRequest(f"{source}: {wrong}") from None
+
+
+def check_profiles_exist(keys: list[KeySettings], registry: Profiles) -> None:
+    """Refuse to start with a key whose profile is missing, and with a profile that no request could name."""
+    known = set(registry.names())
+    if NONE in known:
+        raise ProfileError(f"a profile cannot be called '{NONE}': requests say that to mean the base")
+    for key in keys:
+        named = {*key.mandatory, *key.default, *(key.allowed if key.allowed != "*" else ())}
+        missing = sorted(named - known)
+        if missing:
+            raise ProfileError(f"key '{key.name}' names profiles that are not loaded: {', '.join(missing)}")
