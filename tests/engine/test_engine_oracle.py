@@ -33,7 +33,9 @@ def requests(count: int) -> list[tuple[list[int], list[str], int]]:
     return made
 
 
-def run_at_random(engine: Engine, todo: list[tuple[str, list[int], SamplingParams, Decision]]) -> dict[str, list[Delta]]:
+def run_at_random(
+    engine: Engine, todo: list[tuple[str, list[int], SamplingParams, Decision]]
+) -> dict[str, list[Delta]]:
     rng = random.Random(3)
     deltas: dict[str, list[Delta]] = {name: [] for name, *_ in todo}
     arrivals = list(todo)

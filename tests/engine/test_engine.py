@@ -1,0 +1,279 @@
+"""What the engine promises about one request among others: stops, limits, refusals, failures, aborts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import Tiny
+
+from uld_serve.engine.engine import Engine
+from uld_serve.engine.plan import Applied, Decision
+from uld_serve.engine.request import Delta, SamplingParams
+from uld_serve.engine.runner import Runner
+from uld_serve.errors import (
+    InvalidRequest,
+    NumericalError,
+    Overloaded,
+    ProfileError,
+    ProfileMismatch,
+    PromptTooLong,
+    UldError,
+)
+
+MakeEngine = Callable[..., Engine]
+PROMPT = list(b"Once upon a time")
+
+
+def forgetting(tiny: Tiny, *names: str, scale: float = 1.0) -> Decision:
+    return Decision.forgetting([Applied(tiny.version(name), scale) for name in names])
+
+
+def run(engine: Engine) -> dict[str, list[Delta]]:
+    deltas: dict[str, list[Delta]] = {}
+    while engine.has_work:
+        for delta in engine.step():
+            deltas.setdefault(delta.request_id, []).append(delta)
+        engine.check_integrity()
+    return deltas
+
+
+def tokens(deltas: list[Delta]) -> list[int]:
+    return [token_id for delta in deltas for token_id in delta.token_ids]
+
+
+def greedy(max_tokens: int = 8, **changes: object) -> SamplingParams:
+    return replace(SamplingParams(max_tokens=max_tokens, temperature=0), **changes)
+
+
+def test_a_request_ends_once_with_usage_and_receipt(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.add("r", PROMPT, greedy(4), forgetting(tiny, "late-fork"))
+    deltas = run(engine)["r"]
+    assert [delta.finish_reason for delta in deltas] == [None, None, None, "length"]
+    assert deltas[-1].usage is not None
+    assert (deltas[-1].usage.prompt_tokens, deltas[-1].usage.completion_tokens) == (len(PROMPT), 4)
+    version = tiny.version("late-fork")
+    for delta in (deltas[0], deltas[-1]):
+        assert delta.receipt is not None
+        assert delta.receipt.header == f"late-fork@{version.digest12}"
+        assert delta.receipt.profiles[0].strength == 2.0
+
+
+def test_the_base_alone_has_an_empty_receipt(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.add("r", PROMPT, greedy(1), Decision.base())
+    assert run(engine)["r"][-1].receipt.header == "none"
+
+
+def test_a_profile_changes_the_answer_and_its_strength_matters(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    decisions = [Decision.base(), *(forgetting(tiny, "late-fork", scale=scale) for scale in (0.1, 2.0))]
+    for number, decision in enumerate(decisions):
+        engine.add(f"r{number}", PROMPT, greedy(8, logprobs=1), decision)
+    deltas = run(engine)
+    first = [deltas[f"r{number}"][0].logprobs[0].logprob for number in range(3)]
+    assert len(set(first)) == 3
+
+
+def test_a_profile_given_twice_counts_once(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.add("once", PROMPT, greedy(6), forgetting(tiny, "all-layers"))
+    engine.add("twice", PROMPT, greedy(6), forgetting(tiny, "all-layers", "all-layers"))
+    deltas = run(engine)
+    assert tokens(deltas["once"]) == tokens(deltas["twice"])
+    assert len(deltas["twice"][-1].receipt.profiles) == 1
+
+
+def test_requests_without_a_profile_add_no_assistant_rows(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    seen = []
+    forward = engine.runner.decoder.forward
+    engine.runner = type("Spy", (), {"run": lambda _, rows: seen.append(rows) or forward(rows, cache)})()
+    cache = make_engine().runner.cache
+    engine.add("base", PROMPT, greedy(3), Decision.base())
+    run(engine)
+    assert [len(rows.assistants) for rows in seen] == [0, 0, 0]
+    engine.add("forget", PROMPT, greedy(3), forgetting(tiny, "late-fork"))
+    run(engine)
+    assert [len(rows.assistants) for rows in seen[3:]] == [1, 1, 1]
+    assert seen[3].num_target_rows == len(
+        PROMPT
+    )  # one row at the last prompt token, none in the prefill before
+
+
+def test_stop_string_stop_token_and_eos(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.add("free", PROMPT, greedy(8, ignore_eos=True), Decision.base())
+    free = tokens(run(engine)["free"])
+    engine.add("token", PROMPT, greedy(8, stop_token_ids=(free[2],)), Decision.base())
+    stopped = run(engine)["token"]
+    assert tokens(stopped) == free[: free.index(free[2]) + 1]
+    assert stopped[-1].finish_reason == "stop"
+
+
+def test_min_tokens_keeps_the_text_going(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    always_eos = {257: 100.0}
+    engine.add("ends", PROMPT, greedy(6, logit_bias=always_eos), Decision.base())
+    engine.add("lasts", PROMPT, greedy(6, logit_bias=always_eos, min_tokens=4), Decision.base())
+    engine.add("ignores", PROMPT, greedy(6, logit_bias=always_eos, ignore_eos=True), Decision.base())
+    deltas = run(engine)
+    assert (len(tokens(deltas["ends"])), deltas["ends"][-1].finish_reason) == (1, "stop")
+    assert len(tokens(deltas["lasts"])) == 5
+    assert (tokens(deltas["ignores"]), deltas["ignores"][-1].finish_reason) == ([257] * 6, "length")
+
+
+def test_a_bias_reaches_the_draw(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.add("r", PROMPT, greedy(3, logit_bias={65: 100.0}), Decision.base())
+    assert tokens(run(engine)["r"]) == [65, 65, 65]
+
+
+def test_what_can_never_run_is_refused_and_nothing_is_held(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine(max_model_len=20)
+    cases = [
+        ([], greedy(), InvalidRequest),
+        ([1, 259], greedy(), InvalidRequest),
+        ([1] * 20, greedy(1), PromptTooLong),
+        ([1], greedy(1, logit_bias={259: 1.0}), InvalidRequest),
+        ([1], greedy(1, stop_token_ids=(300,)), InvalidRequest),
+    ]
+    for prompt, params, error in cases:
+        with pytest.raises(error):
+            engine.add("r", prompt, params, Decision.base())
+    engine.check_integrity()
+    engine.add("r", [1] * 20, greedy(0), Decision.base())  # only scored: it fits
+    assert run(engine)["r"][-1].finish_reason == "length"
+
+
+def test_text_ends_at_the_context_length(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine(max_model_len=20)
+    engine.add("r", [1] * 15, greedy(50, ignore_eos=True), Decision.base())
+    deltas = run(engine)["r"]
+    assert (len(tokens(deltas)), deltas[-1].finish_reason) == (5, "length")
+
+
+def test_a_full_queue_refuses(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine(max_waiting=2)
+    for number in range(2):
+        engine.add(f"r{number}", PROMPT, greedy(1), Decision.base())
+    with pytest.raises(Overloaded):
+        engine.add("r2", PROMPT, greedy(1), forgetting(tiny, "pair"))
+    engine.check_integrity()
+
+
+def test_strength_outside_its_range_is_refused(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    for scale in (0.0, -1.0, 2.5, float("nan")):
+        with pytest.raises(InvalidRequest):
+            engine.add("r", PROMPT, greedy(1), forgetting(tiny, "late-fork", scale=scale))
+    with pytest.raises(InvalidRequest):
+        engine.add("r", PROMPT, greedy(1), forgetting(tiny, "ranked", scale=0.5))
+    engine.check_integrity()
+
+
+def test_streams_with_their_own_keys_and_values_are_refused_by_name(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    version = tiny.version("late-fork")
+    stream = version.profile.streams[0].model_copy(update={"kv": "own"})
+    own = replace(version, profile=version.profile.model_copy(update={"streams": (stream,)}))
+    with pytest.raises(ProfileError, match="own keys and values"):
+        make_engine().add("r", PROMPT, greedy(1), Decision.of_version(own))
+
+
+def test_an_adapter_of_another_shape_is_refused_and_nothing_is_held(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    version = tiny.version("late-fork")
+    adapter = version.adapters["assistant"]
+    wider = {
+        name: torch.cat([t, t], dim=1) if name.endswith("A") else t for name, t in adapter.tensors.items()
+    }
+    odd = replace(
+        version, digest="sha256:" + "0" * 64, adapters={"assistant": replace(adapter, tensors=wider)}
+    )
+    engine = make_engine()
+    with pytest.raises(ProfileMismatch, match="maps 96 to"):
+        engine.add("r", PROMPT, greedy(1), Decision.of_version(odd))
+    engine.check_integrity()
+
+
+def test_abort_frees_everything_at_any_point(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine(max_step_rows=6)
+    for steps in range(7):
+        engine.add("gone", PROMPT, greedy(9), forgetting(tiny, "pair"))
+        engine.add("stays", PROMPT, greedy(4), forgetting(tiny, "late-fork"))
+        for _ in range(steps):
+            engine.step()
+        last = engine.abort("gone")
+        engine.check_integrity()
+        assert last is not None
+        assert last.finish_reason == "abort"
+        assert engine.abort("gone") is None
+        run(engine)
+        assert engine.scheduler.pool.num_free == engine.config.num_blocks
+    assert engine.planner.bank.total_users == 0
+
+
+class PoisonedRunner:
+    """Raises, or gives NaN, whenever a row of the poisoned token is in the batch."""
+
+    POISON = 255
+
+    def __init__(self, runner: Runner, *, how: str) -> None:
+        self.runner, self.how = runner, how
+
+    def run(self, rows: object) -> torch.Tensor:
+        logits = self.runner.run(rows).clone()
+        poisoned = (rows.token_ids_T == self.POISON).nonzero().flatten().tolist()
+        if poisoned and self.how == "raise":
+            raise RuntimeError("poisoned")
+        for number, row in enumerate(rows.head_rows.tolist()):
+            if row in poisoned and self.how == "nan target":
+                logits[number, 7] = float("nan")
+        for number, assistant in enumerate(rows.assistants, start=len(rows.head_rows)):
+            if assistant.source in poisoned and self.how == "nan assistant":
+                logits[number] = float("nan")
+        return logits
+
+
+@pytest.mark.parametrize("how", ["raise", "nan target", "nan assistant"])
+def test_one_poisoned_request_ends_alone_and_never_falls_back_to_the_base(
+    tiny: Tiny, make_engine: MakeEngine, how: str
+) -> None:
+    engine, reference = make_engine(), make_engine()
+    engine.runner = PoisonedRunner(engine.runner, how=how)
+    names = ["late-fork", "pair", "truncated", "all-layers"]
+    for number in range(7):
+        decision = forgetting(tiny, names[number % 4])
+        prompt = [*PROMPT, number, PoisonedRunner.POISON] if number == 3 else [*PROMPT, number]
+        for target in (engine, reference):
+            if number != 3 or target is engine:
+                target.add(f"r{number}", prompt, greedy(5), decision)
+    got, expected = run(engine), run(reference)
+    [last] = got.pop("r3")
+    assert last.finish_reason == "error"
+    assert last.token_ids == ()
+    assert isinstance(last.error, UldError if how == "raise" else NumericalError)
+    assert "poisoned" not in last.error.message  # the cause is for the log
+    assert {name: tokens(deltas) for name, deltas in got.items()} == {
+        name: tokens(deltas) for name, deltas in expected.items()
+    }
+
+
+def test_scores_combined_with_other_profiles_than_the_requests_are_refused(
+    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from uld_serve.engine import sampler
+
+    engine = make_engine()
+    engine.add("r", PROMPT, greedy(3), forgetting(tiny, "late-fork"))
+    monkeypatch.setattr(
+        sampler, "_terms", lambda plan, rows: ()
+    )  # the bug this guards against: terms lost on the way
+    [last] = run(engine)["r"]
+    assert (last.finish_reason, last.token_ids) == ("error", ())
