@@ -1,0 +1,191 @@
+"""`uld-serve profiles list | show | verify`: what is in a profiles directory, and whether it does what it says.
+
+A part of the command line: it may import evaluation, which the rest of this package must not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from uld_serve.errors import InvalidRequest, UnknownProfile
+from uld_serve.profiles.profile import FilterSpec, ProfileVersion, RuleSpec
+from uld_serve.profiles.registry import BUILTIN, profile_directories
+from uld_serve.profiles.store import read_profile, read_training_record, write_profile
+
+SUMMARY = "list, show or verify profiles"
+UNFILTERED = "unfiltered"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("profiles", help=SUMMARY, description=SUMMARY)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="one line a profile")
+    show = actions.add_parser("show", help="all about one profile")
+    verify = actions.add_parser("verify", help="measure on held-out prompts what it forgets and keeps")
+    for action in (show, verify):
+        action.add_argument("name")
+    for action in (listing, show, verify):
+        action.add_argument("--profiles", type=Path, default=BUILTIN, metavar="DIR", help="default: built in")
+        action.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
+    verify.add_argument("--model", metavar="ID_OR_PATH", help="the base; default: the embedded one")
+    verify.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    verify.add_argument("--samples", type=int, default=4, metavar="N", help="draws a prompt at T = 1 (4)")
+    verify.add_argument("--max-tokens", type=int, default=48, metavar="N", help="longest answer (48)")
+
+
+def run(args: argparse.Namespace) -> int:
+    actions = {"list": _list, "show": _show, "verify": _verify}
+    return actions[args.action](args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    versions = [version for _, version in _read_all(args.profiles)]
+    if args.json:
+        print(json.dumps({"profiles": [_summary(version) for version in versions]}))
+        return 0
+    table = Table("name", "version", "method", "rule", "strength", "streams", "base", box=None)
+    for version in versions:
+        profile = version.profile
+        streams = ", ".join(f"{one.fork}-{one.exit} {one.kv}" for one in profile.streams) or "none"
+        rule = profile.rule
+        table.add_row(
+            version.name,
+            version.digest12,
+            profile.method,
+            rule.kind,
+            f"{rule.strength:g}",
+            streams,
+            profile.base.id,
+        )
+    Console(soft_wrap=True).print(table)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    directory, version = _find(args.profiles, args.name)
+    everything = {**_summary(version), "training": read_training_record(directory)}
+    if args.json:
+        print(json.dumps(everything))
+    else:
+        Console().print_json(json.dumps(everything))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from uld_serve.evaluation.verify import NUM_STEPS, Options, verify
+    from uld_serve.llm import LLM
+
+    if args.samples < 1 or args.max_tokens < 1:
+        raise InvalidRequest("--samples and --max-tokens must be at least 1")
+    directory, version = _find(args.profiles, args.name)
+    options = Options(samples=args.samples, max_tokens=args.max_tokens)
+    console = Console(stderr=True)
+    with _unfiltered_copy(directory, version) as copy, Progress(console=console, transient=True) as progress:
+        task = progress.add_task("loading the model", total=NUM_STEPS + 1)
+        roots = [directory] if copy is None else [directory, copy]
+        llm = LLM(args.model, profiles=roots, dtype=args.dtype)
+        report = verify(
+            llm,
+            version,
+            unfiltered=version.name if copy is None else UNFILTERED,
+            options=options,
+            step=lambda what: progress.update(task, description=what, advance=1),
+        ).as_json()
+    _print_report(console, report)
+    if args.json:
+        print(json.dumps(_without_nan(report), allow_nan=False))
+    return 0 if report["ok"] else 1
+
+
+@contextmanager
+def _unfiltered_copy(directory: Path, version: ProfileVersion) -> Iterator[Path | None]:
+    """The profile without its fused filter, as a profile of its own for the time of a verification; None if there
+    is no such filter. Its replay probes are dropped: they were measured with the filter."""
+    profile = version.profile
+    if profile.rule.filter.mode != "fused":
+        yield None
+        return
+    rule = RuleSpec.model_validate({**profile.rule.model_dump(), "filter": FilterSpec(mode="none")})
+    with tempfile.TemporaryDirectory() as scratch:
+        write_profile(
+            Path(scratch) / UNFILTERED,
+            profile.model_copy(update={"name": UNFILTERED, "rule": rule}),
+            adapters={name: directory / name for name in profile.adapter_names},
+            probes=version.probes.model_copy(update={"replay": ()}),
+            training={"copy_of": version.ref},
+        )
+        yield Path(scratch) / UNFILTERED
+
+
+def _print_report(console: Console, report: dict[str, object]) -> None:
+    console.print(f"[bold]{report['profile']}[/] {report['digest']}  {report['rule']} x {report['strength']}")
+    for section in ("forget", "retain", "recall", "fluency"):
+        console.print(f"{section:8}", ", ".join(_figures(report[section])), highlight=False)
+    table = Table("gate", "measured", "limit", "", box=None)
+    gates = report["gates"]
+    for gate in gates if isinstance(gates, list) else []:
+        value = "not measurable" if gate["value"] is None else f"{gate['value']:.3f}"
+        limit = f">= {gate['at_least']}" if "at_least" in gate else f"<= {gate['at_most']}"
+        table.add_row(gate["name"], value, limit, "[green]ok[/]" if gate["ok"] else "[red]missed[/]")
+    console.print(table)
+
+
+def _figures(section: object) -> list[str]:
+    values = section if isinstance(section, dict) else {}
+    return [f"{name} {value:.4g}" for name, value in values.items()]
+
+
+def _without_nan(value: object) -> object:
+    """NaN and infinity as null: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _summary(version: ProfileVersion) -> dict[str, object]:
+    probes = version.probes
+    return {
+        **version.profile.model_dump(mode="json"),
+        "digest": version.digest,
+        "adapters": {
+            owner: {
+                "rank": adapter.rank,
+                "scaling": adapter.scaling,
+                "layers": list(adapter.layers),
+                "modules": list(adapter.modules),
+                "parameters": adapter.num_parameters,
+            }
+            for owner, adapter in version.adapters.items()
+        },
+        "probes": {
+            "keywords": len(probes.keywords),
+            "forget": len(probes.forget),
+            "retain": len(probes.retain),
+            "replay": len(probes.replay),
+        },
+    }
+
+
+def _read_all(root: Path) -> list[tuple[Path, ProfileVersion]]:
+    return [(directory, read_profile(directory)) for directory in profile_directories(root)]
+
+
+def _find(root: Path, name: str) -> tuple[Path, ProfileVersion]:
+    found = _read_all(root)
+    for directory, version in found:
+        if version.name == name:
+            return directory, version
+    known = ", ".join(version.name for _, version in found) or "none"
+    raise UnknownProfile(f"there is no profile '{name}' in {root}; there is: {known}")
