@@ -8,6 +8,7 @@ Shapes: N rows active in a layer, D model width, R rows scored, W width of the L
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.loading import Base
 from uld_serve.model.lora import AdapterBank
 from uld_serve.model.row_batch import Contexts, RowBatch, SequenceRows
+
+RotaryTables = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 SELF_CHECK_TOKENS = 12
 # Share of the largest logit. The order of sums differs between a packed and a batched product: measured 0 in
@@ -41,11 +44,13 @@ class Decoder:
     rotary: nn.Module
     head_weight_WD: torch.Tensor
     head_bias_W: torch.Tensor | None
+    layer_types: tuple[str, ...]
+    rotates_by_type: bool
 
     @classmethod
     def of(cls, base: Base) -> Decoder:
         """Raises ModelUnsupported when the base is not built of layers, norm, rotary embedding and head."""
-        parts = decoder_parts(base.model)
+        parts, config = decoder_parts(base.model), base.model.config.get_text_config()
         attention.register()
         base.model.set_attn_implementation(attention.ATTENTION_NAME)
         # fp32 logits from fp32 head weights: bf16-rounded logits change the survivor set on a fifth of all rows.
@@ -60,6 +65,8 @@ class Decoder:
             rotary=parts.rotary,
             head_weight_WD=weight.detach(),
             head_bias_W=None if head.bias is None else head.bias.detach().float(),
+            layer_types=tuple(getattr(config, "layer_types", None) or ["full_attention"] * len(parts.layers)),
+            rotates_by_type="layer_type" in inspect.signature(parts.rotary.forward).parameters,
         )
 
     @property
@@ -84,13 +91,13 @@ class Decoder:
     def _hidden(self, batch: RowBatch, cache: KVCache) -> torch.Tensor:
         contexts = Contexts.of(batch.sequences)
         hidden_ND = self.embed(batch.token_ids_T)
-        rotary_T = self.rotary(hidden_ND[None], batch.positions_T[None])
+        tables = self._rotary_tables(hidden_ND, batch.positions_T)
         left: dict[int, torch.Tensor] = {}
         active: tuple[int, ...] = ()
         for first, end, riders in batch.spans(len(self.layers)):
             hidden_ND = _reseat(hidden_ND, batch, active, riders, left)
             active = riders
-            hidden_ND = self._run_layers(hidden_ND, first, end, batch, active, contexts, cache, rotary_T)
+            hidden_ND = self._run_layers(hidden_ND, first, end, batch, active, contexts, cache, tables)
         num_targets = batch.num_target_rows
         left |= {index: hidden_ND[num_targets + row] for row, index in enumerate(active)}
         targets_RD: torch.Tensor = hidden_ND[batch.head_rows]
@@ -107,27 +114,33 @@ class Decoder:
         active: tuple[int, ...],
         contexts: Contexts,
         cache: KVCache,
-        rotary_T: tuple[torch.Tensor, torch.Tensor],
+        tables: RotaryTables,
     ) -> torch.Tensor:
         geometry = batch.geometry(active, cache, contexts)
-        rotary = rotary_T
-        if active:
-            sources = torch.tensor([batch.assistants[i].source for i in active], device=hidden_ND.device)
-            rotary = tuple(torch.cat([table, table[:, sources]], dim=1) for table in rotary_T)  # type: ignore[assignment]
+        positions = batch.positions_of(active)[None]
+        sources = torch.tensor([batch.assistants[i].source for i in active], device=hidden_ND.device)
+        seated = {kind: _with_riders(table, sources) for kind, table in tables.items()} if active else tables
         self._seat_adapters(batch, active)
         try:
-            for layer in self.layers[first:end]:
+            for index, layer in enumerate(self.layers[first:end], start=first):
                 out = layer(
                     hidden_ND[None],
                     attention_mask=None,
-                    position_ids=batch.positions_of(active)[None],
-                    position_embeddings=rotary,
+                    position_ids=positions,
+                    position_embeddings=seated[self.layer_types[index]],
                     geometry=geometry,
                 )
                 hidden_ND = (out[0] if isinstance(out, tuple) else out)[0]
         finally:
             self.bank.rows.clear()
         return hidden_ND
+
+    def _rotary_tables(self, hidden_ND: torch.Tensor, positions_T: torch.Tensor) -> RotaryTables:
+        """(cos, sin) of every position, by kind of layer: some models rotate sliding layers differently."""
+        if not self.rotates_by_type:
+            table = self.rotary(hidden_ND[None], positions_T[None])
+            return dict.fromkeys(self.layer_types, table)
+        return {kind: self.rotary(hidden_ND[None], positions_T[None], kind) for kind in set(self.layer_types)}
 
     def _seat_adapters(self, batch: RowBatch, active: tuple[int, ...]) -> None:
         rows = self.bank.rows
@@ -170,7 +183,12 @@ class Decoder:
             device=device,
         )
         rows = SequenceRows(0, SELF_CHECK_TOKENS, positions)
-        ours = self.forward(RowBatch(token_ids, positions, positions, (rows,), (), positions), cache)
+        try:
+            ours = self.forward(RowBatch(token_ids, positions, positions, (rows,), (), positions), cache)
+        except TypeError as error:  # a layer with another signature than Llama's
+            raise ModelUnsupported(
+                f"{type(self.base.model).__name__}'s layers cannot be called one by one"
+            ) from error
         self.base.model.set_attn_implementation("sdpa")
         try:
             theirs = self.base.model(token_ids[None], use_cache=False).logits[0].float()
@@ -182,6 +200,14 @@ class Decoder:
                 f"{type(self.base.model).__name__} computes something outside its layers: our loop's logits differ "
                 f"from its own by {gap:.1%}; this architecture is not served"
             )
+
+
+def _with_riders(
+    table: tuple[torch.Tensor, torch.Tensor], sources: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary tables (1, T, W) extended by the positions of assistant rows."""
+    cos, sin = table
+    return torch.cat([cos, cos[:, sources]], dim=1), torch.cat([sin, sin[:, sources]], dim=1)
 
 
 def _reseat(
