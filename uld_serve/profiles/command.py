@@ -53,22 +53,27 @@ def _list(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"profiles": [_summary(version) for version in versions]}))
         return 0
-    table = Table("name", "version", "method", "rule", "strength", "streams", "base", box=None)
-    for version in versions:
-        profile = version.profile
-        streams = ", ".join(f"{one.fork}-{one.exit} {one.kv}" for one in profile.streams) or "none"
-        rule = profile.rule
-        table.add_row(
-            version.name,
-            version.digest12,
-            profile.method,
-            rule.kind,
-            f"{rule.strength:g}",
-            streams,
-            profile.base.id,
-        )
-    Console(soft_wrap=True).print(table)
+    rows = [("name", "version", "method", "rule", "strength", "streams", "base")]
+    rows += [_row(version) for version in versions]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def _row(version: ProfileVersion) -> tuple[str, str, str, str, str, str, str]:
+    profile = version.profile
+    streams = ", ".join(f"{one.fork}-{one.exit} {one.kv}" for one in profile.streams) or "none"
+    strength = f"{profile.rule.strength:g}"
+    return (
+        version.name,
+        version.digest12,
+        profile.method,
+        profile.rule.kind,
+        strength,
+        streams,
+        profile.base.id,
+    )
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -90,7 +95,7 @@ def _verify(args: argparse.Namespace) -> int:
     directory, version = _find(args.profiles, args.name)
     options = Options(samples=args.samples, max_tokens=args.max_tokens)
     console = Console(stderr=True)
-    with _unfiltered_copy(directory, version) as copy, Progress(console=console, transient=True) as progress:
+    with unfiltered_copy(directory, version) as copy, Progress(console=console, transient=True) as progress:
         task = progress.add_task("loading the model", total=NUM_STEPS + 1)
         roots = [directory] if copy is None else [directory, copy]
         llm = LLM(args.model, profiles=roots, dtype=args.dtype)
@@ -108,7 +113,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _unfiltered_copy(directory: Path, version: ProfileVersion) -> Iterator[Path | None]:
+def unfiltered_copy(directory: Path, version: ProfileVersion) -> Iterator[Path | None]:
     """The profile without its fused filter, as a profile of its own for the time of a verification; None if there
     is no such filter. Its replay probes are dropped: they were measured with the filter."""
     profile = version.profile
