@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         action="append",
         metavar="DIR",
-        help="a profile, or a directory of profiles; may be repeated (default: the built-in ones, for the embedded model)",
+        help="a profile, or a directory of profiles; may be repeated (default: the built-in ones)",
     )
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1; others need a key)")
     parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")

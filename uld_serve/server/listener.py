@@ -81,7 +81,7 @@ class DeadlineProtocol(H11Protocol):
         self._writing.clear()
         super().connection_lost(exc)
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words, in its shape; we have ours
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self._stream.abort()  # garbage behind a request that is being answered
             return

@@ -1,0 +1,92 @@
+"""The real application behind a real socket, in a thread, over a fake engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import httpx
+from fake_engine import MAX_MODEL_LEN, FakeEngine, FakeTokenizer, registry
+from openai import OpenAI
+
+from uld_serve.server.admission import Backend
+from uld_serve.server.app import create_app
+from uld_serve.server.catalog import Catalog
+from uld_serve.server.keys import KeyRing, sha256_of
+from uld_serve.server.listener import Listener, bound_socket
+from uld_serve.server.policy import KeyPolicy
+from uld_serve.server.settings import Limits
+
+MODEL = "tiny-llama"
+CREATED = 1_700_000_000
+
+
+def make_catalog(
+    *,
+    keys: dict[str, KeyPolicy] | None = None,
+    limits: Limits | None = None,
+    tokenizer: FakeTokenizer | None = None,
+) -> Catalog:
+    return Catalog(
+        model=MODEL,
+        registry=registry(),
+        tokenizer=tokenizer or FakeTokenizer(),
+        max_model_len=MAX_MODEL_LEN,
+        created=CREATED,
+        keys=KeyRing({sha256_of(key.encode()): policy for key, policy in (keys or {}).items()}),
+        limits=limits or Limits(),
+    )
+
+
+@dataclass
+class LiveServer:
+    engine: FakeEngine
+    backend: Backend
+    listener: Listener
+    thread: threading.Thread
+    port: int
+
+    @classmethod
+    def start(cls, catalog: Catalog, engine: FakeEngine | None = None) -> LiveServer:
+        engine = engine or FakeEngine()
+        backend = Backend(engine)
+        sock = bound_socket("127.0.0.1", 0)
+        port = sock.getsockname()[1]
+        is_ready = threading.Event()
+        listener = Listener(create_app(catalog, backend), backend, catalog.limits, on_ready=is_ready.set)
+        thread = threading.Thread(target=listener.run, kwargs={"sockets": [sock]}, daemon=True)
+        thread.start()
+        assert is_ready.wait(10)
+        return cls(engine, backend, listener, thread, port)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, key: str = "any") -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=10)
+
+    def post(self, path: str, body: object = None, **kwargs: object) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=10, **kwargs)
+
+    def get(self, path: str, **kwargs: object) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=10, **kwargs)
+
+    def reset(self) -> None:
+        """A fresh fake's behaviour, the same server."""
+        fresh = FakeEngine(is_alive=True)
+        for name in FakeEngine.__dataclass_fields__:
+            setattr(self.engine, name, getattr(fresh, name))
+
+    def stop(self) -> None:
+        self.listener.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive(), "the server did not stop"
+
+
+def wait_until(is_so: object, *, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.01)
