@@ -12,15 +12,16 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from uld_serve.errors import ModelUnsupported
 from uld_serve.model import attention
 from uld_serve.model.borrowed import decoder_parts
+from uld_serve.model.head import Head
 from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.loading import Base
 from uld_serve.model.lora import AdapterBank
+from uld_serve.model.packed_linear import can_pack, pack_linears
 from uld_serve.model.row_batch import Contexts, RowBatch, SequenceRows
 
 RotaryTables = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -42,8 +43,7 @@ class Decoder:
     layers: nn.ModuleList
     norm: nn.Module
     rotary: nn.Module
-    head_weight_WD: torch.Tensor
-    head_bias_W: torch.Tensor | None
+    head: Head
     layer_types: tuple[str, ...]
     rotates_by_type: bool
 
@@ -53,18 +53,17 @@ class Decoder:
         parts, config = decoder_parts(base.model), base.model.config.get_text_config()
         attention.register()
         base.model.set_attn_implementation(attention.ATTENTION_NAME)
-        # fp32 logits from fp32 head weights: bf16-rounded logits change the survivor set on a fifth of all rows.
-        head = parts.head
-        weight = head.weight if base.device.type == "cuda" else head.weight.float()
+        is_packed = can_pack(base.dtype, base.device)
+        if is_packed:
+            pack_linears(parts.layers)
         return cls(
             base=base,
-            bank=AdapterBank(parts.layers),
+            bank=AdapterBank(parts.layers, base.device),
             embed=parts.embed,
             layers=parts.layers,
             norm=parts.norm,
             rotary=parts.rotary,
-            head_weight_WD=weight.detach(),
-            head_bias_W=None if head.bias is None else head.bias.detach().float(),
+            head=Head.of(parts.head, is_packed=is_packed),
             layer_types=tuple(getattr(config, "layer_types", None) or ["full_attention"] * len(parts.layers)),
             rotates_by_type="layer_type" in inspect.signature(parts.rotary.forward).parameters,
         )
@@ -86,7 +85,7 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: RowBatch, cache: KVCache) -> torch.Tensor:
         """Run one step's rows: fp32 logits (R, W), the batch's head rows first, then its assistants."""
-        return self._logits(self._norm(self._hidden(batch, cache)))
+        return self.head.logits(self.norm(self._hidden(batch, cache)))
 
     def _hidden(self, batch: RowBatch, cache: KVCache) -> torch.Tensor:
         contexts = Contexts.of(batch.sequences)
@@ -151,17 +150,6 @@ class Decoder:
         rows.start = batch.num_target_rows
         rows.only_slot = slots[0] if len(set(slots)) == 1 else None
         rows.slots_N = torch.tensor(slots, device=batch.positions_T.device)
-
-    def _norm(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = self.norm(hidden_RD)
-        return normed
-
-    def _logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        if hidden_RD.device.type == "cuda" and hidden_RD.dtype != torch.float32:
-            logits_RW = torch.mm(hidden_RD, self.head_weight_WD.T, out_dtype=torch.float32)
-        else:
-            logits_RW = F.linear(hidden_RD.float(), self.head_weight_WD.float())
-        return logits_RW if self.head_bias_W is None else logits_RW + self.head_bias_W
 
     @torch.inference_mode()
     def self_check(self) -> None:

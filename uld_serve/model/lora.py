@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from uld_serve.errors import ProfileMismatch
+from uld_serve.model.packed_linear import PackedLinear
 
 
 @dataclass(slots=True)
@@ -36,12 +37,13 @@ class LoraRows:
 class LoraLinear(nn.Module):
     """A linear layer of the base with room for every adapter's delta on it."""
 
-    def __init__(self, base: nn.Linear, rows: LoraRows) -> None:
+    def __init__(self, base: nn.Linear | PackedLinear, rows: LoraRows, device: torch.device) -> None:
         super().__init__()
         self.base = base
         self.rows = rows
-        self.A_GrI = base.weight.new_zeros(0, 0, base.in_features)
-        self.B_GOr = base.weight.new_zeros(0, base.out_features, 0)
+        dtype = base.weight.dtype
+        self.A_GrI = torch.zeros(0, 0, base.in_features, dtype=dtype, device=device)
+        self.B_GOr = torch.zeros(0, base.out_features, 0, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
@@ -88,6 +90,7 @@ class AdapterBank:
     """
 
     layers: nn.ModuleList
+    device: torch.device
     rows: LoraRows = field(default_factory=LoraRows)
     _linears: dict[str, LoraLinear] = field(default_factory=dict)
     _slots: dict[str, int] = field(default_factory=dict)
@@ -161,9 +164,9 @@ class AdapterBank:
             base = getattr(parent, leaf)
         except (AttributeError, IndexError) as error:
             raise ProfileMismatch(f"the adapter changes {name}, which this base does not have") from error
-        if not isinstance(base, nn.Linear):
+        if not isinstance(base, nn.Linear | PackedLinear):
             raise ProfileMismatch(f"the adapter changes {name}, which is no linear layer in this base")
-        wrapped = LoraLinear(base, self.rows)
+        wrapped = LoraLinear(base, self.rows, self.device)
         wrapped.grow(max(self._slots.values(), default=-1) + 1, 0)
         setattr(parent, leaf, wrapped)
         self._linears[name] = wrapped
