@@ -68,15 +68,13 @@ def test_failure_in_the_middle_of_a_whole_answer_is_a_status(server: LiveServer,
 
 def read_broken_stream(server: LiveServer, path: str) -> str:
     """The body as far as it came; the connection must break."""
-    text = ""
-    with httpx.stream(
-        "POST", server.url + path, json=ROUTES[path] | {"stream": True}, timeout=10
-    ) as response:
+    pieces: list[str] = []
+    body = ROUTES[path] | {"stream": True}
+    with httpx.stream("POST", server.url + path, json=body, timeout=10) as response:
         assert response.status_code == 200
         with pytest.raises(httpx.RemoteProtocolError):
-            for piece in response.iter_text():
-                text += piece
-    return text
+            pieces.extend(response.iter_text())
+    return "".join(pieces)
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -147,7 +145,8 @@ def test_base_may_not_come_with_a_receipt_of_profiles(server: LiveServer) -> Non
 
 def send_and_leave(server: LiveServer, path: str, body: dict[str, object], *, read_bytes: int) -> None:
     payload = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(payload)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
         sock.sendall(head.encode() + payload)
         wait_until(lambda: server.engine.num_running > 0)

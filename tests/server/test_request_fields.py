@@ -104,6 +104,7 @@ def test_misspelt_field_is_refused_with_a_hint(server: LiveServer, field: str, h
     assert server.engine.calls == []
 
 
+TOO_MANY = {str(i): 1 for i in range(301)}
 BAD: list[tuple[str, str, object]] = [
     *(
         (path, field, value)
@@ -121,8 +122,17 @@ BAD: list[tuple[str, str, object]] = [
             "presence_penalty": [2.1],
             "frequency_penalty": [-2.1],
             "repetition_penalty": [0, 11],
-            "logit_bias": [{"a": 1}, {"07": 1}, {"-1": 1}, {"1": 101}, {"1": True}, {"1": "1"}, [1], {"²": 1}]
-            + [{str(i): 1 for i in range(301)}],
+            "logit_bias": [
+                {"a": 1},
+                {"07": 1},
+                {"-1": 1},
+                {"1": 101},
+                {"1": True},
+                {"1": "1"},
+                [1],
+                {"²": 1},
+                TOO_MANY,
+            ],
             "min_tokens": [-1],
             "ignore_eos": [1, "true"],
             "prompt_logprobs": [-1, 21],

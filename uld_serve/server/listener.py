@@ -11,6 +11,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import ClassVar, cast
 
 import h11
@@ -146,12 +147,13 @@ class Listener(uvicorn.Server):
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that holds the address but does not listen yet, so that a taken port shows before a model loads."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
+        with ExitStack() as on_failure:
+            sock = on_failure.enter_context(socket.socket(family, kind))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            on_failure.pop_all()
     except OSError as error:
         raise InvalidRequest(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
     return sock
