@@ -277,3 +277,33 @@ def test_scores_combined_with_other_profiles_than_the_requests_are_refused(
     )  # the bug this guards against: terms lost on the way
     [last] = run(engine)["r"]
     assert (last.finish_reason, last.token_ids) == ("error", ())
+
+
+def test_a_conversation_that_changes_profile_every_turn_hits_the_cache_as_one_that_never_does(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    warm = make_engine(block_size=4)
+    conversation = list(PROMPT)
+    for turn, name in enumerate(["late-fork", "pair", "truncated", None, "ranked"]):
+        decision = forgetting(tiny, name) if name else Decision.base()
+        cold = make_engine(block_size=4)
+        for engine in (warm, cold):
+            engine.add("turn", conversation, greedy(6, ignore_eos=True), decision)
+        got, expected = run(warm)["turn"], run(cold)["turn"]
+        assert tokens(got) == tokens(expected)
+        # All but the last token of the turns before is there: it was drawn but never run.
+        known = len(conversation) - 1 if turn else 0
+        assert got[-1].usage.cached_tokens == known - known % 4
+        assert expected[-1].usage.cached_tokens == 0
+        conversation += tokens(expected)
+
+
+def test_a_scored_prompt_does_not_start_from_the_cache(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine(block_size=4)
+    scores = []
+    for _ in range(2):
+        engine.add("r", PROMPT, greedy(1, prompt_logprobs=0), forgetting(tiny, "pair"))
+        [delta] = run(engine)["r"]
+        scores.append([entry.logprob for entry in delta.prompt_logprobs[1:]])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert len(scores[0]) == len(PROMPT) - 1

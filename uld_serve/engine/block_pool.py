@@ -1,48 +1,110 @@
-"""Hands out cache blocks by number and takes them back. Called by the scheduler; knows no tensor or request."""
+"""Hands out cache blocks by number, takes them back, and remembers what full ones hold. Called by the scheduler;
+knows no tensor and no request.
+
+Prefix cache: a full block is known by a key that covers every token up to its end, so that a later sequence with
+the same beginning can share it. Target blocks hold nothing of any profile (assistants borrow them), so one entry
+serves every profile. A block that nobody holds keeps its contents until its place is needed; the one longest out
+of use goes first.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+BlockKey = bytes
+
+
+def block_keys(token_ids: Sequence[int], *, block_size: int, salt: str = "") -> Iterator[BlockKey]:
+    """The key of each full block of a sequence. `salt` keeps tenants apart who must not share (or time) a cache."""
+    chain = hashlib.blake2b(salt.encode(), digest_size=16)
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        # Fixed width per token: no two token sequences give the same bytes.
+        chain.update(array("q", token_ids[start : start + block_size]).tobytes())
+        yield chain.digest()
 
 
 @dataclass(slots=True)
 class BlockPool:
     num_blocks: int
     block_size: int
-    _free: deque[int] = field(init=False)
-    _taken: set[int] = field(init=False, default_factory=set)
+    num_hits: int = 0
+    num_lookups: int = 0
+    _unused: list[int] = field(init=False)
+    _idle: OrderedDict[int, None] = field(init=False, default_factory=OrderedDict)
+    _holders: dict[int, int] = field(init=False, default_factory=dict)
+    _key_of: dict[int, BlockKey] = field(init=False, default_factory=dict)
+    _block_of: dict[BlockKey, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._free = deque(range(self.num_blocks))
+        self._unused = list(range(self.num_blocks))
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that could be taken now, those with idle contents included."""
+        return len(self._unused) + len(self._idle)
 
     @property
     def usage(self) -> float:
-        """Share of blocks in use, 0 to 1."""
-        return len(self._taken) / self.num_blocks
+        """Share of blocks held by sequences, 0 to 1."""
+        return len(self._holders) / self.num_blocks
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def try_take(self, count: int) -> list[int] | None:
-        """`count` blocks, or None and nothing taken."""
-        if count > len(self._free):
+        """`count` blocks with nothing in them, or None and nothing taken."""
+        if count > self.num_free:
             return None
-        taken = [self._free.popleft() for _ in range(count)]
-        self._taken.update(taken)
+        taken = [self._unused.pop() if self._unused else self._evict() for _ in range(count)]
+        self._holders.update(dict.fromkeys(taken, 1))
         return taken
 
-    def give_back(self, block_ids: list[int]) -> None:
-        for block_id in block_ids:
-            self._taken.remove(block_id)  # KeyError: given back twice, our bug
-            self._free.append(block_id)
+    def take_cached(self, keys: Sequence[BlockKey]) -> list[int]:
+        """The blocks of the longest known beginning of `keys`, now held by the caller too."""
+        found: list[int] = []
+        for key in keys:
+            block_id = self._block_of.get(key)
+            if block_id is None:
+                break
+            self._idle.pop(block_id, None)
+            self._holders[block_id] = self._holders.get(block_id, 0) + 1
+            found.append(block_id)
+        self.num_lookups += len(keys)
+        self.num_hits += len(found)
+        return found
 
-    def check_integrity(self, held: list[int]) -> None:
-        """Every block is either free or held by exactly one sequence."""
-        assert len(held) == len(set(held)), "a block is held twice"
-        assert set(held) == self._taken, "held blocks and taken blocks differ"
-        assert len(self._free) + len(self._taken) == self.num_blocks, "blocks were lost"
+    def publish(self, block_id: int, key: BlockKey) -> None:
+        """Say what a full block holds. The first block with a key keeps it."""
+        if block_id not in self._key_of and key not in self._block_of:
+            self._key_of[block_id] = key
+            self._block_of[key] = block_id
+
+    def give_back(self, block_ids: Sequence[int]) -> None:
+        """Later blocks first, so that the beginning of a prefix outlives its end."""
+        for block_id in reversed(block_ids):
+            self._holders[block_id] -= 1  # KeyError: given back twice, our bug
+            if self._holders[block_id] == 0:
+                del self._holders[block_id]
+                if block_id in self._key_of:
+                    self._idle[block_id] = None
+                else:
+                    self._unused.append(block_id)
+
+    def check_integrity(self, held: Sequence[int]) -> None:
+        """Every block is unused, idle, or held by as many sequences as the pool believes."""
+        counts: dict[int, int] = {}
+        for block_id in held:
+            counts[block_id] = counts.get(block_id, 0) + 1
+        assert counts == self._holders, "holders and the pool's counts differ"
+        everywhere = [*self._unused, *self._idle, *self._holders]
+        assert sorted(everywhere) == list(range(self.num_blocks)), "a block is lost or in two places"
+        assert {self._block_of[key]: key for key in self._block_of} == self._key_of, "keys and blocks differ"
+
+    def _evict(self) -> int:
+        block_id, _ = self._idle.popitem(last=False)
+        del self._block_of[self._key_of.pop(block_id)]
+        return block_id

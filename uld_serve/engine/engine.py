@@ -156,7 +156,7 @@ class Engine:
     def _advance(self, item: Scheduled, outcomes: list[Outcome]) -> list[Delta]:
         """Take in what one sequence's rows gave."""
         sequence = item.sequence
-        sequence.num_computed += item.count
+        self.scheduler.advance(item)
         for outcome in outcomes:
             if outcome.error is not None:
                 return [self._fail(sequence, outcome.error)]

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from uld_serve.config import EngineConfig
-from uld_serve.engine.block_pool import BlockPool
+from uld_serve.engine.block_pool import BlockKey, BlockPool, block_keys
 from uld_serve.engine.sequence import Sequence
 
 
@@ -56,6 +56,17 @@ class Scheduler:
             self._admit(scheduled, budget)
         return scheduled
 
+    def advance(self, item: Scheduled) -> None:
+        """The scheduled tokens have been run: count them, and publish blocks that are full now."""
+        sequence, block_size = item.sequence, self.pool.block_size
+        first_new = sequence.num_computed // block_size
+        sequence.num_computed += item.count
+        num_full = sequence.num_computed // block_size
+        if num_full > first_new:
+            keys = self._keys(sequence, num_full * block_size)
+            for block_id, key in list(zip(sequence.block_ids, keys, strict=False))[first_new:]:
+                self.pool.publish(block_id, key)
+
     def num_rows(self, sequence: Sequence, count: int) -> int:
         """Rows of the widened batch: `count` target rows, and one row a stream at every scored position."""
         scored = len(sequence.scored_positions(count)) + sequence.draws_after(count)
@@ -68,11 +79,16 @@ class Scheduler:
     def _admit(self, scheduled: list[Scheduled], budget: int) -> None:
         while self.waiting and len(self.running) < self.config.max_num_seqs:
             sequence = self.waiting[0]
+            self._reuse_prefix(sequence)
             count = self._affordable(sequence, budget)
-            blocks = self.pool.try_take(self.pool.blocks_for(count)) if count else None
+            needed = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
+            blocks = self.pool.try_take(needed) if count else None
             if blocks is None:
+                self._free(sequence)
                 return
-            sequence.block_ids = blocks
+            sequence.block_ids += blocks
+            if sequence.num_cached is None:
+                sequence.num_cached = sequence.num_computed
             self.running.append(self.waiting.popleft())
             scheduled.append(Scheduled(sequence, count))
             budget -= self.num_rows(sequence, count)
@@ -99,10 +115,24 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._free(sequence)
-        sequence.num_computed = 0
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
+
+    def _reuse_prefix(self, sequence: Sequence) -> None:
+        """Start from cached blocks. At least one token is left to run, and a prompt that is scored runs whole:
+        its scores are not in the cache."""
+        if sequence.scores_prompt:
+            return
+        usable = (sequence.num_tokens - 1) // self.pool.block_size
+        keys = self._keys(sequence, usable * self.pool.block_size)
+        sequence.block_ids = self.pool.take_cached(keys)
+        sequence.num_computed = len(sequence.block_ids) * self.pool.block_size
+
+    def _keys(self, sequence: Sequence, num_tokens: int) -> list[BlockKey]:
+        token_ids = sequence.tokens(0, num_tokens)
+        return list(block_keys(token_ids, block_size=self.pool.block_size, salt=sequence.cache_salt))
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.block_ids)
         sequence.block_ids = []
+        sequence.num_computed = 0

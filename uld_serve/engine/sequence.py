@@ -22,6 +22,8 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
+    cache_salt: str = ""
+    num_cached: int | None = None
     prompt_scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     receipt: Receipt | None = None
 
@@ -41,7 +43,7 @@ class Sequence:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.prompt_ids), len(self.output_ids))
+        return Usage(len(self.prompt_ids), len(self.output_ids), self.num_cached or 0)
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Token ids at positions [start, start + count)."""
