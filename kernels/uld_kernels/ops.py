@@ -22,8 +22,8 @@ def fused_sample(
                    the head and count nowhere. Arithmetic is fp32.
     rows           B descriptions in any order, with any mix of rules and parameters; they may share rows
                    of logits.
-    protected_ids  int64 ids (end of text, control) that terms with `protect` leave at the target's
-                   probability.
+    protected_ids  int64 ids without repeats (end of text, control), on the same device, that terms with
+                   `protect` leave at the target's probability.
 
     Order: bans and grammar mask on b; plausibility or official filter from b; combine; fused filter on the
     scores; protect. Log-probabilities are reported of these scores. Then penalties and logit_bias (they
@@ -45,6 +45,10 @@ def fused_sample(
     tensor([1])
     """
     _check(logits_RV, rows, vocab_size)
+    if _runs_on_triton(logits_RV):
+        from uld_kernels import sampler_triton
+
+        return sampler_triton.sample(logits_RV, rows, vocab_size=vocab_size, protected_ids=protected_ids)
     return sampler_reference.sample(logits_RV, rows, vocab_size=vocab_size, protected_ids=protected_ids)
 
 
@@ -64,9 +68,20 @@ def fused_score(
     _check(logits_RV, rows, vocab_size)
     if target_ids_B.shape != (len(rows),):
         raise ValueError(f"one target id a row: {len(rows)} rows, target_ids_B {tuple(target_ids_B.shape)}")
+    if _runs_on_triton(logits_RV):
+        from uld_kernels import sampler_triton
+
+        return sampler_triton.score(
+            logits_RV, rows, target_ids_B, vocab_size=vocab_size, protected_ids=protected_ids
+        )
     return sampler_reference.score(
         logits_RV, rows, target_ids_B, vocab_size=vocab_size, protected_ids=protected_ids
     )
+
+
+def _runs_on_triton(logits_RV: torch.Tensor) -> bool:
+    # Imported where used: triton is not there on every machine that serves from the CPU. fp64 is for oracles.
+    return logits_RV.is_cuda and logits_RV.dtype != torch.float64
 
 
 def _check(logits_RV: torch.Tensor, rows: Sequence[SampleRow], vocab_size: int) -> None:
