@@ -20,7 +20,11 @@ from uld_serve.profiles.profile import ProfileVersion
 RULES: dict[str, tuple[dict[str, object], list[tuple[str, int, int]]]] = {
     "late-fork": ({"kind": "relu_difference", "strength": 2.0}, [("assistant", 2, 4)]),
     "truncated": (
-        {"kind": "subtract", "strength": 0.7, "filter": {"mode": "plausibility", "tau": 0.01, "min_keep": 64}},
+        {
+            "kind": "subtract",
+            "strength": 0.7,
+            "filter": {"mode": "plausibility", "tau": 0.01, "min_keep": 64},
+        },
         [("assistant", 0, 2)],
     ),
     "pair": (

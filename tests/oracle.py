@@ -15,7 +15,13 @@ from transformers import AutoModelForCausalLM
 from uld_kernels import ops, rules
 from uld_kernels.rows import SampleRow, Term
 
-from uld_serve.model.borrowed import assistant_pass, causal_mask, decoder_parts, target_pass, use_borrowed_attention
+from uld_serve.model.borrowed import (
+    assistant_pass,
+    causal_mask,
+    decoder_parts,
+    target_pass,
+    use_borrowed_attention,
+)
 from uld_serve.profiles.profile import ProfileVersion
 
 
@@ -27,7 +33,12 @@ class OracleToken:
 
 class Oracle:
     def __init__(
-        self, base_dir: Path, versions: dict[str, tuple[Path, ProfileVersion]], *, vocab_size: int, control_ids: list[int]
+        self,
+        base_dir: Path,
+        versions: dict[str, tuple[Path, ProfileVersion]],
+        *,
+        vocab_size: int,
+        control_ids: list[int],
     ) -> None:
         self.target = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
         self.versions = {name: version for name, (_, version) in versions.items()}

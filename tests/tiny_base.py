@@ -76,7 +76,9 @@ def write_tiny_profile(
 ) -> ProfileVersion:
     """A profile with random PEFT adapters, one a stream; `streams` lists (name, fork, exit)."""
     adapters = {
-        name: _random_adapter(folder.parent / f".peft-{folder.name}-{name}", base_dir, fork, exit, seed + i, rank)
+        name: _random_adapter(
+            folder.parent / f".peft-{folder.name}-{name}", base_dir, fork, exit, seed + i, rank
+        )
         for i, (name, fork, exit) in enumerate(streams)
     }
     profile = Profile(
@@ -90,7 +92,8 @@ def write_tiny_profile(
             num_layers=base.num_layers,
         ),
         streams=tuple(
-            StreamSpec(name=name, fork=fork, exit=exit, kv="borrowed", adapter=name) for name, fork, exit in streams
+            StreamSpec(name=name, fork=fork, exit=exit, kv="borrowed", adapter=name)
+            for name, fork, exit in streams
         ),
         rule=RuleSpec(**rule),
     )
