@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx
 from fake_engine import MAX_MODEL_LEN, FakeEngine, FakeTokenizer, registry
@@ -46,6 +46,7 @@ class LiveServer:
     listener: Listener
     thread: threading.Thread
     port: int
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=10))
 
     @classmethod
     def start(cls, catalog: Catalog, engine: FakeEngine | None = None) -> LiveServer:
@@ -68,10 +69,10 @@ class LiveServer:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=10)
 
     def post(self, path: str, body: object = None, **kwargs: object) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=10, **kwargs)
+        return self.http.post(self.url + path, json=body, **kwargs)
 
     def get(self, path: str, **kwargs: object) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=10, **kwargs)
+        return self.http.get(self.url + path, **kwargs)
 
     def reset(self) -> None:
         """A fresh fake's behaviour, the same server."""
@@ -80,6 +81,7 @@ class LiveServer:
             setattr(self.engine, name, getattr(fresh, name))
 
     def stop(self) -> None:
+        self.http.close()
         self.listener.should_exit = True
         self.thread.join(20)
         assert not self.thread.is_alive(), "the server did not stop"

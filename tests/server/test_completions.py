@@ -138,6 +138,13 @@ def test_echo_with_logprobs_is_what_lm_eval_reads(server: LiveServer, max_tokens
     assert [call.params.max_tokens for call in server.engine.calls] == [max_tokens] * 2
 
 
+def test_one_token_prompt_with_nothing_to_draw_is_refused(server: LiveServer) -> None:
+    body = {"model": MODEL, "prompt": ["Hi", "H"], "max_tokens": 0, "echo": True, "logprobs": 1}
+    response = server.post("/v1/completions", body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "max_tokens"
+
+
 def test_prompt_logprobs_are_by_token_id(server: LiveServer) -> None:
     entries = complete(server, prompt_logprobs=1, max_tokens=1)["choices"][0]["prompt_logprobs"]
     assert entries == [None, {"105": {"logprob": -0.5, "rank": 1, "decoded_token": "i"}}]

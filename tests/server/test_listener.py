@@ -75,6 +75,15 @@ def test_connection_is_kept_for_the_next_request(hasty: LiveServer) -> None:
             time.sleep(0.25)
 
 
+def test_answers_do_not_wait_for_a_delayed_acknowledgement(server: LiveServer) -> None:
+    took = []
+    for _ in range(20):
+        started = time.perf_counter()
+        assert server.get("/version").status_code == 200
+        took.append(time.perf_counter() - started)
+    assert min(took) < 0.03  # with Nagle's algorithm on, none is below 0.04
+
+
 def test_slow_generation_is_not_taken_for_a_silent_socket(start_server: Callable[..., LiveServer]) -> None:
     server = start_server(limits=Limits(read_timeout_s=0.1), engine=FakeEngine(step_s=0.05))
     assert server.post("/v1/completions", json.loads(BODY)).status_code == 200

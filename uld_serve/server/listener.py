@@ -148,9 +148,10 @@ def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that holds the address but does not listen yet, so that a taken port shows before a model loads."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, _, _, address = found[0]
+        family, kind, proto, _, address = found[0]
         with ExitStack() as on_failure:
-            sock = on_failure.enter_context(socket.socket(family, kind))
+            # With proto 0 asyncio would leave Nagle's algorithm on: 44 ms an answer instead of 2.
+            sock = on_failure.enter_context(socket.socket(family, kind, proto))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
             on_failure.pop_all()

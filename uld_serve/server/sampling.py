@@ -20,6 +20,9 @@ LONG_TEXT_CHARS = 4096
 async def completion_choices(request: CompletionRequest, catalog: Catalog) -> list[Choice]:
     prompts = await _prompts(request, catalog.tokenizer)
     max_tokens = 16 if request.max_tokens is None else request.max_tokens
+    if max_tokens == 0 and any(len(prompt.token_ids) == 1 for prompt in prompts):
+        # Neither drawn nor scored: there would be no receipt to answer with.
+        raise InvalidRequest("max_tokens 0 needs prompts of two tokens or more to score", param="max_tokens")
     asked = [
         n for n in (request.logprobs if request.echo else None, request.prompt_logprobs) if n is not None
     ]
