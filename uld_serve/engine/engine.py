@@ -162,8 +162,8 @@ class Engine:
                 return [self._fail(sequence, outcome.error)]
             if outcome.want.target_id is not None:
                 sequence.prompt_scores.append(outcome.logprob)
-                sequence.receipt = outcome.receipt
-        if outcomes and outcomes[-1].want.target_id is None:
+            sequence.receipt = outcome.receipt
+        if outcomes and outcomes[-1].want.target_id is None and sequence.params.max_tokens > 0:
             return [self._accept(sequence, outcomes[-1])]
         if sequence.params.max_tokens == 0 and sequence.remaining == 0:
             return [self._finish(sequence, "length", text="")]
@@ -173,7 +173,6 @@ class Engine:
         """One drawn token: its text, and whether the request is done."""
         params, token_id = sequence.params, outcome.token_id
         sequence.output_ids.append(token_id)
-        sequence.receipt = outcome.receipt
         may_stop = len(sequence.output_ids) >= params.min_tokens
         is_eos = token_id in self.tokenizer.eos_ids and not params.ignore_eos
         text = sequence.detokenizer.push(token_id, may_stop=may_stop)

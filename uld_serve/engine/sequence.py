@@ -65,5 +65,10 @@ class Sequence:
         return range(first, min(self.num_computed + count, len(self.prompt_ids) - 1))
 
     def draws_after(self, count: int) -> bool:
-        """Whether running the next `count` tokens ends in a draw."""
-        return self.params.max_tokens > 0 and self.num_computed + count == self.num_tokens
+        """Whether running the next `count` tokens ends in a draw.
+
+        A prompt of one token that is only scored has nothing to score; its draw is made for the receipt and
+        thrown away.
+        """
+        draws = self.params.max_tokens > 0 or len(self.prompt_ids) == 1
+        return draws and self.num_computed + count == self.num_tokens
