@@ -13,10 +13,22 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.timeout(280)
-def test_kernels_in_the_interpreter_equal_the_torch_sampler() -> None:
+@pytest.mark.parametrize("selection", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter_equal_the_torch_sampler(selection: str) -> None:
     tests = Path(__file__).parent / "device"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(tests), "-p", "no:cacheprovider", "--timeout", "240"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(tests),
+            "-m",
+            selection,
+            "-p",
+            "no:cacheprovider",
+            "--timeout",
+            "240",
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

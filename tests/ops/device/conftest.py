@@ -1,4 +1,4 @@
-"""These tests run where Triton does: interpreted (TRITON_INTERPRET=1, as test_interpreter.py starts them) or on CUDA."""
+"""These tests run where Triton does: in its interpreter, as ../test_interpreter.py starts them, or on CUDA."""
 
 from __future__ import annotations
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import replace
 from math import inf
 
 import pytest
 import torch
-from conftest import IS_INTERPRETED
 from uld_kernels import SampleOutput, SampleRow, Term, rules, sampler_reference, sampler_triton
 from uld_kernels.noise import gumbel_noise
 
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 if not IS_INTERPRETED:
@@ -111,7 +112,7 @@ def random_row(chance: random.Random, vocab_size: int) -> SampleRow:
     )
 
 
-@pytest.mark.parametrize("vocab_size", [1, 41, 1271])
+@pytest.mark.parametrize("vocab_size", [1, 41, pytest.param(1271, marks=pytest.mark.slow)])
 def test_all_rules_greedy_and_sampled_in_one_launch(vocab_size: int) -> None:
     rows = [
         SampleRow(0, terms, temperature=temperature, seed=5, position=index, num_logprobs=2)
@@ -127,11 +128,13 @@ def test_all_rules_greedy_and_sampled_in_one_launch(vocab_size: int) -> None:
 def test_random_parameters_mixed_in_one_launch(seed: int) -> None:
     chance = random.Random(seed)
     vocab_size = (41, 700, 129)[seed]
-    rows = [random_row(chance, vocab_size) for _ in range(16)]
+    rows = [random_row(chance, vocab_size) for _ in range(10)]
     assert_same_as_torch(logits(seed, vocab_size), rows, vocab_size=vocab_size)
 
 
-@pytest.mark.parametrize("vocab_size", [32000, 49152, 128256, 151936])
+@pytest.mark.parametrize(
+    "vocab_size", [49152, *(pytest.param(size, marks=pytest.mark.slow) for size in (32000, 128256, 151936))]
+)
 def test_real_vocabularies(vocab_size: int) -> None:
     wide = replace(SUBTRACT, min_keep=256)
     rows = [
@@ -217,7 +220,7 @@ def test_nothing_kept_is_reported_not_sampled() -> None:
 
 def test_secret_of_a_certain_target_is_suppressed() -> None:
     logits_RV = logits(8, 400, spread=1.0)
-    logits_RV[0, 5], logits_RV[1, 5], logits_RV[2, 5] = 25.0, 40.0, 30.0
+    logits_RV[0, 5], logits_RV[1, 5], logits_RV[2, 5] = 25.0, 40.0, 40.0
     rows = [SampleRow(0, terms, temperature=0.0) for terms in COMPOSITIONS[1:3]]
     output = assert_same_as_torch(logits_RV, rows, vocab_size=400)
     assert (output.token_ids_B != 5).all()
