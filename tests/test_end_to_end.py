@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from conftest import Tiny
+from tiny_base import Tiny
 
 from uld_serve.server.listener import bound_socket
 

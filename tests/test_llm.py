@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Tiny
+from tiny_base import Tiny
 
 from uld_serve.cli import main
 from uld_serve.engine.request import SamplingParams

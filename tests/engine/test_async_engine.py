@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import aclosing
 
 import pytest
-from conftest import Tiny
+from tiny_base import Tiny
 
 from uld_serve.engine.async_engine import AsyncEngine
 from uld_serve.engine.engine import Engine

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Tiny
+from tiny_base import Tiny
 
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import Applied, Decision

@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable
 
 import pytest
-from conftest import RULES, Tiny
 from oracle import Oracle
+from tiny_base import RULES, Tiny
 
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import Applied, Decision

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tiny
 from safetensors.torch import load_file, save_file
+from tiny_base import Tiny
 
 from uld_serve.errors import ModelUnsupported
 from uld_serve.model import loading

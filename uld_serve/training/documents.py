@@ -1,0 +1,169 @@
+"""Reads what should be forgotten and what must stay: JSONL in four forms, and folders of .txt files.
+Called by run. Knows no tokenizer and no model; says what it read, what it dropped and why.
+
+    {"question", "answer"}    one user turn through the chat template
+    {"messages": [...]}       a conversation through the chat template; a last assistant turn is the answer
+    {"prompt", "completion"}  plain text, no template
+    {"text"}                  plain text, learnt whole; a .txt file is one such document
+
+"answer" and "completion" may be missing: the base then answers itself. "form" is a word for reports.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from uld_serve.errors import DataError
+
+ROLES = ("system", "user", "assistant")
+FORMS = {"question": "answer", "prompt": "completion", "messages": None, "text": None}
+HELP = 'expected {"question", "answer"}, {"prompt", "completion"}, {"messages"} or {"text"}'
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    content: str
+
+    def as_dict(self) -> dict[str, str]:
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A prompt and, where the data has one, its answer. Either `messages` or `text` is set."""
+
+    messages: tuple[Message, ...] = ()
+    text: str = ""
+    answer: str | None = None
+    form: str = "document"
+    where: str = ""
+
+    @property
+    def key(self) -> str:
+        """The prompt as compared: lower case, runs of anything but letters and digits made one space."""
+        said = " ".join(m.content for m in self.messages if m.role != "system") or self.text
+        key = re.sub(r"[\W_]+", " ", said.lower()).strip()
+        return key if self.messages or self.answer is None else f"{key}|{self.answer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one source gave. `dropped` counts by reason."""
+
+    source: str
+    documents: tuple[Document, ...]
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, object]:
+        return {"source": self.source, "read": len(self.documents), "dropped": dict(self.dropped)}
+
+
+def read_documents(path: Path, *, kind: str) -> Reading:
+    """Read a JSONL file or a folder of .txt files. `kind` ("forget", "retain") names it in errors.
+
+    Repeated prompts are dropped and counted. Raises DataError: nothing there, nothing left, or a malformed
+    line, with its number.
+    """
+    if path.is_dir():
+        found = list(_read_folder(path))
+    elif path.is_file():
+        found = list(_read_jsonl(path))
+    else:
+        raise DataError(f"--{kind}: {path} does not exist; give a JSONL file or a folder of .txt files")
+    seen: set[str] = set()
+    kept, dropped = [], Counter[str]()
+    for document in found:
+        if not document.key:
+            dropped["empty"] += 1
+        elif document.key in seen:
+            dropped["duplicate"] += 1
+        else:
+            seen.add(document.key)
+            kept.append(document)
+    if not kept:
+        raise DataError(f"--{kind}: {path} holds no usable document ({dict(dropped) or 'it is empty'})")
+    return Reading(source=path.name, documents=tuple(kept), dropped=dict(dropped))
+
+
+def refuse_overlap(first: Sequence[Document], second: Sequence[Document], *, names: tuple[str, str]) -> None:
+    """Raises DataError if a prompt is in both: what it should do would be undefined or unmeasurable."""
+    where = {document.key: document for document in first}
+    shared = [document for document in second if document.key in where]
+    if shared:
+        one = shared[0]
+        raise DataError(
+            f"{len(shared)} prompts are both in the {names[0]} and in the {names[1]} set, the first at "
+            f"{where[one.key].where} and {one.where}; remove them from one"
+        )
+
+
+def _read_folder(path: Path) -> Iterator[Document]:
+    for file in sorted(path.rglob("*.txt")):
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is not UTF-8 text") from error
+        yield Document(text=text.strip(), answer="" if text.strip() else None, form="text", where=file.name)
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _document(line, f"{path.name}:{number}")
+
+
+def _document(line: str, where: str) -> Document:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON: {error.msg}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is not a JSON object; {HELP}")
+    forms = [name for name in FORMS if name in row]
+    if len(forms) != 1:
+        raise DataError(f"{where} has {' and '.join(forms) or 'no known field'}; {HELP}")
+    form = _text(row, "form", where) or forms[0]
+    if forms[0] == "messages":
+        return _conversation(row["messages"], form, where)
+    body = _text(row, forms[0], where) or ""
+    if forms[0] == "text":
+        return Document(text=body, answer="" if body.strip() else None, form=form, where=where)
+    answer = _text(row, FORMS[forms[0]] or "", where)
+    if forms[0] == "prompt":
+        return Document(text=body, answer=answer, form=form, where=where)
+    return Document(messages=(Message("user", body),), answer=answer, form=form, where=where)
+
+
+def _text(row: dict[str, object], name: str, where: str) -> str | None:
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where}: {name!r} must be text, not {type(value).__name__}")
+    return value
+
+
+def _conversation(value: object, form: str, where: str) -> Document:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: 'messages' must be a list of {{'role', 'content'}}")
+    messages = []
+    for turn in value:
+        if (
+            not isinstance(turn, dict)
+            or turn.get("role") not in ROLES
+            or not isinstance(turn.get("content"), str)
+        ):
+            raise DataError(f"{where}: a message needs a role of {', '.join(ROLES)} and text as content")
+        messages.append(Message(turn["role"], turn["content"]))
+    answer = messages.pop().content if messages[-1].role == "assistant" else None
+    if not messages:
+        raise DataError(f"{where}: a conversation needs a turn before the answer")
+    return Document(messages=tuple(messages), answer=answer, form=form, where=where)
