@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Tests use local files only; a test that reaches for a model hub should fail here as it would offline.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-.PHONY: help setup demo test test-slow gpu-test lint types check format clean
+.PHONY: help setup demo test test-slow gpu-test kernel-compile lint types check format clean
 
 help:
 	@echo "make demo       one question, two answers, through a real server"
@@ -13,6 +13,7 @@ help:
 	@echo "make setup      .venv with the pinned packages, and the embedded model"
 	@echo "make check      lint, types and tests: what CI runs"
 	@echo "make test-slow  the tests that take minutes; make gpu-test: those that need a CUDA device"
+	@echo "make kernel-compile  lower every kernel variant to PTX for sm_80 and sm_90, without a GPU"
 	@echo "make lint | types | format | clean"
 
 setup: $(READY)
@@ -36,6 +37,9 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m "slow and not gpu" --timeout 1800
+
+kernel-compile: setup
+	$(BIN)/python kernels/compile_check.py
 
 gpu-test: setup
 	$(PYTEST) -m gpu --timeout 600
