@@ -124,3 +124,8 @@ def test_forget_probes_need_keywords() -> None:
 def test_strict_json_refuses(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         parse_object(data)
+
+
+def test_a_profile_cannot_be_called_none() -> None:
+    with pytest.raises(ValidationError, match="none"):
+        _profile(name="none")

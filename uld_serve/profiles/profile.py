@@ -165,6 +165,8 @@ class Profile(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.name == "none":
+            raise ValueError("a profile cannot be called 'none': requests use that word for the base alone")
         names = [stream.name for stream in self.streams]
         if len(set(names)) != len(names):
             raise ValueError("two streams have the same name")
