@@ -61,6 +61,7 @@ def test_one_stream_needs_no_roles_and_two_do() -> None:
         ({"name": "../x"}, "name"),
         ({"name": "a" * 64}, "name"),
         ({"name": "a\n"}, "name"),
+        ({"name": "none"}, "called .none."),
         ({"forget": True}, "forget"),
         ({"schema": 2}, "schema"),
         ({"streams": ()}, "change nothing"),

@@ -7,10 +7,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from fake_engine import profile_version, registry
+from fake_engine import registry
 
 from uld_serve.errors import InvalidRequest, ProfileError
-from uld_serve.profiles.registry import Registry
 from uld_serve.server import command
 from uld_serve.server.keys import KeyRing, sha256_of
 from uld_serve.server.listener import bound_socket, is_loopback
@@ -143,12 +142,6 @@ def test_keys_must_name_loaded_profiles() -> None:
         key = KeySettings.model_validate({"name": "k", "sha256": HASH, field: ["gone"]})
         with pytest.raises(ProfileError, match=r"key 'k'.*gone"):
             check_profiles_exist([key], registry())
-
-
-def test_profile_called_none_is_refused() -> None:
-    # "none" in a request means the base: a profile of that name would silently never be applied.
-    with pytest.raises(ProfileError, match="none"):
-        check_profiles_exist([], Registry([profile_version("none")]))
 
 
 def test_taken_port_is_refused_before_anything_is_loaded() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from uld_serve.errors import InvalidRequest, ProfileError
-from uld_serve.server.policy import NONE, KeyPolicy, Profiles
+from uld_serve.server.policy import KeyPolicy, Profiles
 
 _FROZEN = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 ProfileName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -115,10 +115,8 @@ def checked_settings(data: Mapping[str, object], *, source: str) -> ServerSettin
 
 
 def check_profiles_exist(keys: list[KeySettings], registry: Profiles) -> None:
-    """Refuse to start with a key whose profile is missing, and with a profile that no request could name."""
+    """Refuse to start with a key whose profile is missing."""
     known = set(registry.names())
-    if NONE in known:
-        raise ProfileError(f"a profile cannot be called '{NONE}': requests say that to mean the base")
     for key in keys:
         named = {*key.mandatory, *key.default, *(key.allowed if key.allowed != "*" else ())}
         missing = sorted(named - known)
