@@ -207,16 +207,31 @@ def kth_largest_listed(values_ptr, num_values, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gumbel_noise(ids, seed, position):
-    """noise.gumbel_noise: the same fp32 bits for the same (seed, position, token id)."""
-    zero = ids * 0
-    counter_0, counter_1 = ids.to(tl.uint32), (zero + position).to(tl.uint32)
-    word, _, _, _ = tl.philox(seed, counter_0, counter_1, zero.to(tl.uint32), zero.to(tl.uint32))
+def _words(ids, seed, position, DOMAIN: tl.constexpr):
+    zero = (ids * 0).to(tl.uint32)
+    first, second, _, _ = tl.philox(
+        seed, ids.to(tl.uint32), zero + position.to(tl.uint32), zero + DOMAIN, zero
+    )
+    return first, second
+
+
+@triton.jit
+def _exponential(word):
     folded = word.to(tl.int32, bitcast=True)
     folded = tl.where(folded < 0, ~folded, folded)
     uniform = tl.maximum(folded.to(tl.float32) * 4.6566127342e-10, 2.0**-32)
     x = -uniform.to(tl.float64)
     # log1p by log alone (Kahan): 1 + x as it rounds, corrected by how it rounds.
     shifted = 1.0 + x
-    log1p = tl.where(shifted == 1.0, x, tl.log(shifted) * (x / (shifted - 1.0)))
-    return (-tl.log(-log1p)).to(tl.float32)
+    return -tl.where(shifted == 1.0, x, tl.log(shifted) * (x / (shifted - 1.0)))
+
+
+@triton.jit
+def gumbel_noise(ids, seed, position):
+    """noise.gumbel_noise: the same fp32 bits for the same (seed, position, token id)."""
+    size_word, member_word = _words(ids >> 8, seed, position, 1)
+    highest = 5.545177444479562 - tl.log(_exponential(size_word))
+    word, _ = _words(ids, seed, position, 0)
+    below = tl.minimum(-tl.log(tl.exp(-highest) + _exponential(word)), highest)
+    is_highest = (ids & 255) == (member_word.to(tl.int32, bitcast=True) & 255)
+    return tl.where(is_highest, highest, below).to(tl.float32)

@@ -60,7 +60,7 @@ from uld_kernels.columns_triton import (
 from uld_kernels.truncate_triton import mass_from, top_k_cut, top_p_cut
 
 # More than the noise can span (noise.NOISE_SPAN): a token this far below the best is never drawn.
-_NOISE_SPAN = tl.constexpr(26.0)
+_NOISE_SPAN = tl.constexpr(31.0)
 
 
 @triton.jit

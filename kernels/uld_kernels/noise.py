@@ -4,6 +4,9 @@ Used by the torch sampler and tested against the Triton one. Knows no logits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
 from typing import Final
 
 import torch
@@ -20,8 +23,12 @@ _WORD: Final = 0xFFFFFFFF
 _TO_UNIFORM: Final = 4.6566127342e-10
 _SMALLEST_UNIFORM: Final = 2.0**-32
 
-NOISE_SPAN: Final = 26.0
-"""More than max - min of gumbel_noise (22.2 + 2.9): a token this far below the best can never be drawn."""
+GROUP_BITS: Final = 8
+GROUP_SIZE: Final = 1 << GROUP_BITS
+"""Token ids that share their largest noise: see gumbel_noise."""
+
+NOISE_SPAN: Final = 31.0
+"""More than max - min of gumbel_noise (27.8 + 3.2): a token this far below the best can never be drawn."""
 
 
 def _mul_hi_lo(constant: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +38,8 @@ def _mul_hi_lo(constant: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def philox_4x32(
-    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    key: tuple[torch.Tensor | int, torch.Tensor | int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ten rounds of Philox on int64 tensors that hold 32-bit words; returns four such words.
 
@@ -47,25 +55,72 @@ def philox_4x32(
     return c0, c1, c2, c3
 
 
-def philox_uniform(token_ids: torch.Tensor, *, seed: int, position: int) -> torch.Tensor:
-    """Uniform fp32 numbers in [2**-32, 1), one per token id: key = 64-bit seed, counter = (id, position, 0,
-    0).
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Where noise comes from: the words of 64-bit seeds, and positions. Each broadcasts against token ids, so that
+    one call serves many rows."""
 
-    The first output word becomes a number as in triton.language.uint_to_uniform_float; 0 is raised to 2**-32,
-    because it would become infinite noise.
+    seed_low: torch.Tensor
+    seed_high: torch.Tensor
+    position: torch.Tensor
+
+    @classmethod
+    def of(cls, seeds: Sequence[int], positions: Sequence[int], device: torch.device | None = None) -> Stream:
+        """One stream a row, each tensor (rows, 1)."""
+        columns = (
+            [seed & _WORD for seed in seeds],
+            [(seed >> 32) & _WORD for seed in seeds],
+            list(positions),
+        )
+        low, high, position = (torch.tensor(column, device=device)[:, None] for column in columns)
+        return cls(low, high, position)
+
+    def rows(self, index: torch.Tensor) -> Stream:
+        """The stream of each row in `index`, flat."""
+        return Stream(self.seed_low[index, 0], self.seed_high[index, 0], self.position[index, 0])
+
+
+def group_noise(groups: torch.Tensor, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest noise of each group of GROUP_SIZE token ids, fp64, and the member (0 to 255) that has it.
+
+    It is Gumbel with location log(GROUP_SIZE), as the maximum of so many is, and any member is as likely to have
+    it. Counter = (group, position, 1, 0).
     """
-    key = (seed & _WORD, (seed >> 32) & _WORD)
-    zero = torch.zeros((), dtype=torch.int64, device=token_ids.device)
-    word, _, _, _ = philox_4x32((token_ids, zero + position, zero, zero), key)
-    folded = torch.where(word >= 2**31, word ^ _WORD, word)
-    return (folded.to(torch.float32) * _TO_UNIFORM).clamp_min_(_SMALLEST_UNIFORM)
+    size_word, member_word = _words(groups, stream, domain=1)
+    return log(GROUP_SIZE) - _exponential(size_word).log(), member_word & (GROUP_SIZE - 1)
 
 
-def gumbel_noise(token_ids: torch.Tensor, *, seed: int, position: int) -> torch.Tensor:
-    """-log(-log(1 - u)) in fp32, between -2.9 and 22.2; adding it to log-weights makes argmax a draw.
+def gumbel_noise(token_ids: torch.Tensor, stream: Stream) -> torch.Tensor:
+    """Standard Gumbel noise in fp32, between -3.2 and 27.8; adding it to log-weights makes argmax a draw.
+
+    Drawn from the top down, as in A* sampling (Maddison et al. 2014, arXiv 1411.0030): first the largest of each
+    group, then the others below it. So a draw over a whole vocabulary looks at one number a group and then only into
+    the groups that can still win. Counter of a token = (id, position, 0, 0), key = the 64-bit seed.
 
     The logarithms are taken in fp64, so that devices whose logarithms differ in the last bit round to the
     same fp32.
     """
-    uniform = philox_uniform(token_ids, seed=seed, position=position).double()
-    return uniform.neg_().log1p_().neg_().log_().neg_().to(torch.float32)
+    highest, member = group_noise(token_ids >> GROUP_BITS, stream)
+    word, _ = _words(token_ids, stream, domain=0)
+    # P(g <= x | g <= h) = exp(e^-h - e^-x), solved for x.
+    below = torch.minimum(-((-highest).exp() + _exponential(word)).log(), highest)
+    return torch.where((token_ids & (GROUP_SIZE - 1)) == member, highest, below).to(torch.float32)
+
+
+def _words(ids: torch.Tensor, stream: Stream, *, domain: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first two output words of Philox at counter (id, position, domain, 0)."""
+    zero = torch.zeros((), dtype=torch.int64, device=ids.device)
+    counter = (ids, stream.position, zero + domain, zero)
+    first, second, _, _ = philox_4x32(counter, (stream.seed_low, stream.seed_high))
+    return first, second
+
+
+def _exponential(word: torch.Tensor) -> torch.Tensor:
+    """Standard exponential numbers in fp64, -log(1 - u), from uniform u in [2**-32, 1) in fp32.
+
+    The word becomes u as in triton.language.uint_to_uniform_float; 0 is raised to 2**-32, because it would
+    become infinite noise.
+    """
+    folded = torch.where(word >= 2**31, word ^ _WORD, word)
+    uniform = (folded.to(torch.float32) * _TO_UNIFORM).clamp_min_(_SMALLEST_UNIFORM)
+    return uniform.double().neg_().log1p_().neg_()

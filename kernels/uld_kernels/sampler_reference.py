@@ -13,7 +13,7 @@ import torch
 
 from uld_kernels import reference, rules
 from uld_kernels.fusion import Fused, RowFailure, fuse
-from uld_kernels.noise import NOISE_SPAN, gumbel_noise
+from uld_kernels.lottery import Lot, draw
 from uld_kernels.rows import SampleOutput, SampleRow, ScoreOutput
 
 # How many of the largest tokens top-p sorts first; a flatter distribution is then sorted whole.
@@ -25,15 +25,18 @@ def sample(
 ) -> SampleOutput:
     """ops.fused_sample, one row after the other."""
     table = _Table(rows)
-    tokens = [-1] * len(rows)
+    found: dict[int, tuple[Fused, Lot]] = {}
     for index, row in enumerate(rows):
         try:
             fused = fuse(logits_RV, row, vocab_size=vocab_size, protected_ids=protected_ids)
-            tokens[index] = draw(fused, row, vocab_size=vocab_size)
+            found[index] = fused, truncate(fused, row, vocab_size=vocab_size)
         except RowFailure as failure:
             table.fail(index, failure.status)
-        else:
-            table.fill(index, fused, fused.score_of(tokens[index]))
+    tokens = [-1] * len(rows)
+    drawn = draw([lot for _, lot in found.values()])
+    for (index, (fused, _)), token in zip(found.items(), drawn, strict=True):
+        tokens[index] = token
+        table.fill(index, fused, fused.score_of(token))
     token_ids_B = torch.tensor(tokens, dtype=torch.int64, device=logits_RV.device)
     return SampleOutput(token_ids_B=token_ids_B, **table.columns(logits_RV.device), digests=table.digests)
 
@@ -102,20 +105,19 @@ class _Table:
         }
 
 
-def draw(fused: Fused, row: SampleRow, *, vocab_size: int) -> int:
-    """One token id: penalties and bias, then greedy, or temperature, top-k, top-p, min-p, seeded draw."""
+def truncate(fused: Fused, row: SampleRow, *, vocab_size: int) -> Lot:
+    """Penalties and bias, then greedy, or temperature, top-k, top-p and min-p: what is left to draw from."""
     scores_K = penalize(fused, row, vocab_size=vocab_size)
     if not isfinite(scores_K.sum().item()):
         raise RowFailure(rules.NUMERICAL)
     if row.temperature == 0.0:
-        return int(fused.ids_K[scores_K.argmax()].item())
+        best = scores_K.argmax()[None]
+        return Lot(fused.ids_K[best], scores_K[best], row.seed, row.position)
     z_K = scores_K / row.temperature
     nucleus = nucleus_indices(z_K, row)
-    z_N = z_K[nucleus]
-    nucleus = nucleus[z_N >= z_N.max() - NOISE_SPAN]
-    ids_N = fused.ids_K[nucleus]
-    noise_N = gumbel_noise(ids_N, seed=row.seed, position=row.position)
-    return int(ids_N[(z_K[nucleus] + noise_N).argmax()].item())
+    if nucleus is None:
+        return Lot(fused.ids_K, z_K, row.seed, row.position)
+    return Lot(fused.ids_K[nucleus], z_K[nucleus], row.seed, row.position)
 
 
 def top_logprobs(fused: Fused, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,18 +154,17 @@ def _counts(fused: Fused, histories: tuple[torch.Tensor | None, ...], vocab_size
     return counts_V[fused.ids_K]
 
 
-def nucleus_indices(z_K: torch.Tensor, row: SampleRow) -> torch.Tensor:
-    """Indices, ascending, that top-k, then top-p on what is left, then min-p leave."""
+def nucleus_indices(z_K: torch.Tensor, row: SampleRow) -> torch.Tensor | None:
+    """Indices, ascending, that top-k, then top-p on what is left, then min-p leave; None where all are off."""
     chosen: torch.Tensor | None = None
     if 0 < row.top_k < z_K.shape[0]:
         chosen = reference.largest(z_K, row.top_k)
     if row.top_p < 1.0:
         chosen = _top_p(z_K, row.top_p) if chosen is None else chosen[_top_p(z_K[chosen], row.top_p)]
-    if chosen is None:
-        chosen = torch.arange(z_K.shape[0], device=z_K.device)
     if row.min_p > 0.0:
-        chosen = chosen[z_K[chosen] >= z_K.max() + log(row.min_p)]
-    return chosen.sort().values
+        lowest = z_K.max() + log(row.min_p)
+        chosen = (z_K >= lowest).nonzero()[:, 0] if chosen is None else chosen[z_K[chosen] >= lowest]
+    return None if chosen is None else chosen.sort().values
 
 
 def _top_p(z_K: torch.Tensor, p: float) -> torch.Tensor:

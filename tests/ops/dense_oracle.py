@@ -8,7 +8,7 @@ from math import inf
 
 import torch
 from uld_kernels import SampleRow, Term, reference, rules
-from uld_kernels.noise import gumbel_noise
+from uld_kernels.noise import Stream, gumbel_noise
 
 
 def banned_target(logits_RV: torch.Tensor, row: SampleRow) -> torch.Tensor:
@@ -91,7 +91,7 @@ def token(logits_RV: torch.Tensor, row: SampleRow, protected_ids: torch.Tensor) 
         return int(penalized(s, banned_target(logits_RV, row), row).argmax())
     z = sampling_scores(logits_RV, row, protected_ids)
     ids = torch.arange(z.shape[0])
-    return int((z + gumbel_noise(ids, seed=row.seed, position=row.position)).argmax())
+    return int((z + gumbel_noise(ids, Stream.of([row.seed], [row.position]))[0]).argmax())
 
 
 def _plain(b: torch.Tensor, raw: torch.Tensor, term: Term) -> torch.Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from uld_kernels.noise import NOISE_SPAN, gumbel_noise, philox_4x32, philox_uniform
+from uld_kernels.noise import GROUP_SIZE, NOISE_SPAN, Stream, group_noise, gumbel_noise, philox_4x32
 
 # Multipliers and key increments of Philox-4xN by word size (Salmon et al. 2011).
 CONSTANTS = {
@@ -72,33 +74,81 @@ def test_scalar_philox_equals_numpy_at_64_bits_and_ours_at_32() -> None:
         )
 
 
-def test_uniform_is_the_first_word_of_seed_position_and_token() -> None:
+def uniform(word: int) -> float:
+    folded = word if word < 2**31 else word ^ 0xFFFFFFFF
+    return max(float(np.float32(np.float32(folded) * np.float32(4.6566127342e-10))), 2.0**-32)
+
+
+def scalar_noise(token: int, seed: int, position: int) -> float:
+    """gumbel_noise of one token on Python floats."""
+    key = (seed & 0xFFFFFFFF, seed >> 32)
+    size_word, member_word, _, _ = scalar_philox((token >> 8, position, 1, 0), key, 32)
+    highest = math.log(256) - math.log(-math.log1p(-uniform(size_word)))
+    if member_word & 255 == token & 255:
+        return highest
+    own = -math.log1p(-uniform(scalar_philox((token, position, 0, 0), key, 32)[0]))
+    return -math.log(math.exp(-highest) + own)
+
+
+def noise_of(ids: torch.Tensor, *, seed: int, position: int) -> torch.Tensor:
+    return gumbel_noise(ids, Stream.of([seed], [position]))[0]
+
+
+def test_noise_is_the_largest_of_a_group_or_below_it() -> None:
     seed, position = 0xDEADBEEF12345678, 77
-    ids = torch.tensor([0, 1, 49151, 128255])
-    uniform = philox_uniform(ids, seed=seed, position=position)
-    for token, value in zip(ids.tolist(), uniform.tolist(), strict=True):
-        word = scalar_philox((token, position, 0, 0), (seed & 0xFFFFFFFF, seed >> 32), 32)[0]
-        folded = word if word < 2**31 else word ^ 0xFFFFFFFF
-        expected = np.float32(np.float32(folded) * np.float32(4.6566127342e-10))
-        assert value == max(float(expected), 2.0**-32)
+    stream = Stream.of([seed], [position])
+    _, member = group_noise(torch.tensor([0, 5, 501]), stream)
+    ids = torch.tensor([0, 1, 49151, 128255, 5 * 256 + int(member[0, 1]), 501 * 256 + int(member[0, 2])])
+    expected = [scalar_noise(token, seed, position) for token in ids.tolist()]
+    assert torch.allclose(gumbel_noise(ids, stream)[0], torch.tensor(expected), atol=0, rtol=2**-23)
 
 
-def test_noise_has_gumbel_moments_and_stays_inside_its_span() -> None:
-    noise = gumbel_noise(torch.arange(200_000), seed=11, position=3).double()
+def test_every_group_has_its_largest_where_it_says() -> None:
+    stream = Stream.of([3, 2**63 + 9], [0, 4])
+    noise_RGM = gumbel_noise(torch.arange(40 * GROUP_SIZE), stream).view(2, 40, GROUP_SIZE)
+    highest, member = group_noise(torch.arange(40), stream)
+    assert torch.equal(noise_RGM.amax(-1), highest.float())
+    assert torch.equal(noise_RGM.argmax(-1), member)
+
+
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_noise_is_gumbel_whole_and_per_place_in_a_group(seed: int) -> None:
+    noise = noise_of(torch.arange(200_192), seed=seed, position=3).double()
     assert abs(noise.mean().item() - 0.5772) < 0.01
     assert abs(noise.var().item() - torch.pi**2 / 6) < 0.03
-    largest = -torch.log(-torch.log1p(torch.tensor(-(2.0**-32), dtype=torch.float64)))
-    smallest = -torch.log(-torch.log1p(torch.tensor(-0.99999994, dtype=torch.float64)))
+    # Kolmogorov-Smirnov: the uniform transform of Gumbel numbers; 1.95 / sqrt(n) is the 0.1 % point.
+    uniforms = (-(-noise).exp()).exp().sort().values
+    steps = torch.arange(1, len(uniforms) + 1, dtype=torch.float64) / len(uniforms)
+    assert (uniforms - steps).abs().max().item() < 1.95 / len(uniforms) ** 0.5
+    # Members of one group are independent: no correlation between neighbours, or between largest and sum.
+    pairs = noise.view(-1, 2)
+    assert abs(torch.corrcoef(pairs.T)[0, 1].item()) < 0.015
+    by_place = noise.view(-1, GROUP_SIZE).mean(0)
+    assert (by_place - 0.5772).abs().max().item() < 5 * (torch.pi**2 / 6 / 782) ** 0.5
+
+
+def test_noise_stays_inside_its_span() -> None:
+    smallest_exponential = -math.log1p(-(2.0**-32))
+    largest_exponential = -math.log1p(-0.99999994)
+    largest = math.log(256) - math.log(smallest_exponential)
+    lowest_of_group = math.log(256) - math.log(largest_exponential)
+    smallest = -math.log(math.exp(-lowest_of_group) + largest_exponential)
     assert largest - smallest < NOISE_SPAN
+    noise = noise_of(torch.arange(200_000), seed=11, position=3)
     assert noise.max() <= largest
     assert noise.min() >= smallest
 
 
 def test_noise_depends_on_seed_position_and_token_alone() -> None:
     ids = torch.arange(100)
-    noise = gumbel_noise(ids, seed=1, position=2)
-    assert torch.equal(gumbel_noise(ids.flip(0), seed=1, position=2).flip(0), noise)
-    assert torch.equal(gumbel_noise(ids[40:41], seed=1, position=2), noise[40:41])
-    assert not torch.isclose(gumbel_noise(ids, seed=1, position=3), noise).any()
-    assert not torch.isclose(gumbel_noise(ids, seed=1 + 2**40, position=2), noise).any()
-    assert torch.equal(gumbel_noise(ids, seed=1 + 2**64, position=2), noise)
+    noise = noise_of(ids, seed=1, position=2)
+    assert torch.equal(noise_of(ids.flip(0), seed=1, position=2).flip(0), noise)
+    assert torch.equal(noise_of(ids[40:41], seed=1, position=2), noise[40:41])
+    assert not torch.isclose(noise_of(ids, seed=1, position=3), noise).any()
+    assert not torch.isclose(noise_of(ids, seed=1 + 2**40, position=2), noise).any()
+    assert torch.equal(noise_of(ids, seed=1 + 2**64, position=2), noise)
+    both = Stream.of([1, 7], [2, 9])
+    assert torch.equal(gumbel_noise(ids, both)[0], noise)
+    assert torch.equal(
+        gumbel_noise(ids, both.rows(torch.ones(100, dtype=torch.long))), gumbel_noise(ids, both)[1]
+    )

@@ -10,7 +10,7 @@ from math import inf
 import pytest
 import torch
 from uld_kernels import SampleOutput, SampleRow, Term, rules, sampler_reference, sampler_triton
-from uld_kernels.noise import gumbel_noise
+from uld_kernels.noise import Stream, gumbel_noise
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -250,7 +250,7 @@ def test_free_draws_use_the_noise_of_noise_py_bit_for_bit() -> None:
     rows = [SampleRow(0, seed=2**64 - 3, position=position) for position in (0, 1, 2**32 - 1)]
     output = sampler_triton.sample(flat, rows, vocab_size=41, protected_ids=protected(41))
     ids = torch.arange(41)
-    expected = [int(gumbel_noise(ids, seed=row.seed, position=row.position).argmax()) for row in rows]
+    expected = [int(gumbel_noise(ids, Stream.of([row.seed], [row.position])).argmax()) for row in rows]
     assert output.token_ids_B.tolist() == expected
 
 
