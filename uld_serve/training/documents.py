@@ -114,7 +114,8 @@ def _read_folder(path: Path) -> Iterator[Document]:
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): U+2028 and its like may stand inside a JSON string.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text") from error
     for number, line in enumerate(lines, start=1):

@@ -1,8 +1,7 @@
 """The training objectives, one pure function each. Called by assistant; knows no model and no data.
 
 Shapes: N answer tokens (padding already removed), K logits compared at each, V vocabulary. b are the frozen
-target's logits, a the assistant's, y the answer's next token. Each function returns the forget term and the
-retain term, already weighted; their sum is minimised. A batch without one kind has 0 for its term.
+target's logits, a the assistant's, y the answer's next token. A mean over no token is 0.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True, slots=True)
 class Terms:
+    """Already weighted; the sum is minimised."""
+
     forget: torch.Tensor
     retain: torch.Tensor
 
@@ -26,12 +27,12 @@ class Terms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarginWeights:
-    """`slack`: kept tokens are pulled to d <= -slack, so that the rule's relu is closed with room to spare."""
+    """`slack` is m. The others weigh against a label of weight 1 if it is forgotten, `kept_label` if not."""
 
     slack: float = 1.0
-    forget_others: float = 0.3
-    retain_label: float = 2.0
-    retain_top: float = 1.0
+    kept_label: float = 2.0
+    others_of_kept: float = 1.0
+    others_of_forgotten: float = 0.3
 
 
 def margin(
@@ -39,32 +40,32 @@ def margin(
     *,
     goal_NK: torch.Tensor,
     counts_NK: torch.Tensor,
-    is_forget_N: torch.Tensor,
+    chosen_N: torch.Tensor,
     weights: MarginWeights,
-) -> Terms:
+) -> torch.Tensor:
     """Train the difference d = a - b itself. Column 0 is the label y, the others are the target's top tokens.
 
-        forget y     smooth_l1(d, s)              s = goal > 0
-        named top    smooth_l1(relu(s - d), 0)    a top token with a goal: at least s
-        all others   smooth_l1(relu(d + m), 0)    goal 0: at most -m, so that relu(a - b) stays 0
+        y with a goal s       smooth_l1(d, s)
+        others with a goal    smooth_l1(relu(s - d), 0)    at least s
+        goal 0                smooth_l1(relu(d + m), 0)    at most -m: relu(a - b) stays 0, with room to spare
 
     It is UNDIAL's adjusted logit b - s onehot(y) (arXiv 2402.10052, Eq. 2) placed in an assistant under the
     rule b - alpha relu(a - b). Bounded, and with a gradient at a = b, where relu(a - b) itself has none.
-    `counts_NK` is False where a column is not compared (the label again among the top tokens).
+    `counts_NK` is False for a column that is the label once more. The mean is over `chosen_N`, one kind of
+    example; the caller weighs the kinds.
     """
     has_goal_NK = goal_NK > 0
     closed_NK = _huber(torch.relu(difference_NK + weights.slack))
     raised_NK = _huber(torch.relu(goal_NK - difference_NK))
-    # The label's own difference is pulled to s from both sides: without a ceiling it grows for ever.
+    # From both sides for the label: without a ceiling its difference grows for ever.
     label_N = torch.where(
-        has_goal_NK[:, 0], _huber(difference_NK[:, 0] - goal_NK[:, 0]), weights.retain_label * closed_NK[:, 0]
+        has_goal_NK[:, 0], _huber(difference_NK[:, 0] - goal_NK[:, 0]), weights.kept_label * closed_NK[:, 0]
     )
     top_NK = torch.where(has_goal_NK, raised_NK, closed_NK)[:, 1:]
     counts = counts_NK[:, 1:].float()
     top_N = (top_NK * counts).sum(-1) / counts.sum(-1).clamp_min(1)
-    weight_N = torch.where(has_goal_NK[:, 0], weights.forget_others, weights.retain_top)
-    token_N = label_N + weight_N * top_N
-    return Terms(_mean(token_N, is_forget_N), _mean(token_N, ~is_forget_N))
+    weight_N = torch.where(has_goal_NK[:, 0], weights.others_of_forgotten, weights.others_of_kept)
+    return _mean(label_N + weight_N * top_N, chosen_N)
 
 
 def uld(logits_NV: torch.Tensor, labels_N: torch.Tensor, *, is_forget_N: torch.Tensor, beta: float) -> Terms:

@@ -1,0 +1,50 @@
+"""How a run is shown: bars on a terminal, one line a stage and a line now and then in a log file.
+Called by command; knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+SHOWN = ("loss", "forget", "detour", "retain")
+LINE_EVERY = 20
+"""Steps between two lines where there is no terminal."""
+
+
+class Display:
+    """Use as a context; `stage` and `report` are what training.run asks for."""
+
+    def __init__(self, console: Console, *, steps: int) -> None:
+        self._console, self._steps = console, steps
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._training = self._bars.add_task("training", total=steps, visible=False)
+        self._last_line = -LINE_EVERY
+
+    def __enter__(self) -> Display:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def stage(self, what: str, total: int) -> Callable[[int], None]:
+        """Begin a stage of `total` parts; the answer is to be called with the number of parts done."""
+        if not self._console.is_terminal:
+            self._console.print(f"{what} ({total})", highlight=False)
+        task = self._bars.add_task(what, total=total)
+        return lambda count: self._bars.update(task, advance=count)
+
+    def report(self, step: int, parts: Mapping[str, float]) -> None:
+        """Show the loss and its parts after `step` steps."""
+        shown = ", ".join(f"{name} {parts[name]:.3f}" for name in SHOWN if name in parts)
+        self._bars.update(self._training, description=f"training: {shown}", completed=step, visible=True)
+        is_due = step >= self._last_line + LINE_EVERY or step == self._steps
+        if is_due and not self._console.is_terminal:
+            self._last_line = step
+            self._console.print(f"step {step} of {self._steps}: {shown}", highlight=False, soft_wrap=True)

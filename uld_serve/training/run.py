@@ -1,0 +1,231 @@
+"""One training run from files to a profile directory: prepare, observe, fit, measure, write. Called by command.
+Knows no command line; what passes to serving is the directory alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from uld_serve import __version__
+from uld_serve.errors import DataError
+from uld_serve.model.loading import Base
+from uld_serve.profiles.probes import Message, Probe, Probes, ReplayProbe
+from uld_serve.profiles.profile import BaseSpec, Profile, ProfileVersion, RuleSpec, StreamSpec
+from uld_serve.profiles.store import write_profile
+from uld_serve.training import measure
+from uld_serve.training.assistant import Assistant
+from uld_serve.training.examples import Example, Kind
+from uld_serve.training.preparation import AnswerBook, Answered, Prepared, Sources, Stage, prepare
+from uld_serve.training.settings import Settings
+from uld_serve.training.states import Observed, observe
+from uld_serve.training.trainer import Report, fit
+
+ADAPTER = "adapter"
+NUM_REPLAY = 2
+REPLAY_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    version: ProfileVersion
+    record: dict[str, object]
+
+
+def train(
+    base: Base,
+    sources: Sources,
+    settings: Settings,
+    *,
+    name: str,
+    out: Path,
+    resume: bool,
+    readme: str | None,
+    stage: Stage,
+    report: Report,
+) -> Outcome:
+    """Train and write the profile `out`, whole or not at all. `base.model` carries the adapter afterwards.
+
+    Work in progress lies in a folder beside `out` until the profile is written; `resume` goes on from it.
+    Raises DataError, ProfileError.
+    """
+    started = time.monotonic()
+    if out.exists():
+        raise DataError(f"{out} exists and a profile is never overwritten; remove it or choose another --out")
+    if settings.exit > base.num_layers:
+        raise DataError(f"--exit {settings.exit} is beyond the base's {base.num_layers} layers")
+    profile = _profile(base, settings, name)
+    work = _open_work(out, settings, sources, resume=resume)
+    prepared = prepare(base, sources, settings, book=AnswerBook(work / "answers.json"), stage=stage)
+    assistant = Assistant(base.model, settings=settings, vocab_size=base.vocab_size)
+    assistant.set_named(prepared.named_ids)
+    pools = {kind: _observe(assistant, pool, settings, stage) for kind, pool in prepared.pools.items()}
+    log = fit(assistant, pools, settings, folder=work / "checkpoints", resume=resume, report=report)
+    for parameter in assistant.trained().values():
+        parameter.data = parameter.data.to(base.dtype)  # as stored and served, so that it is what is measured
+    record = _record(settings, prepared, log)
+    probes, record["measured"] = _measure(base, assistant, prepared, profile.rule, sources.keywords, stage)
+    record["seconds"] = round(time.monotonic() - started, 1)
+    with TemporaryDirectory() as folder:
+        assistant.peft.save_pretrained(folder)
+        written = write_profile(
+            out, profile, adapters={ADAPTER: Path(folder)}, probes=probes, training=record, readme=readme
+        )
+    shutil.rmtree(work)
+    return Outcome(written, record)
+
+
+def _profile(base: Base, settings: Settings, name: str) -> Profile:
+    kind = "subtract" if settings.method == "uld" else "relu_difference"
+    return Profile(
+        name=name,
+        method=settings.method,
+        base=BaseSpec(
+            id=base.id,
+            fingerprint=base.fingerprint,
+            tokenizer=base.tokenizer_hash,
+            vocab_size=base.vocab_size,
+            num_layers=base.num_layers,
+        ),
+        streams=(
+            StreamSpec(
+                name="assistant", fork=settings.fork, exit=settings.exit, kv="borrowed", adapter=ADAPTER
+            ),
+        ),
+        rule=RuleSpec.model_validate({"kind": kind, "strength": settings.strength}),
+    )
+
+
+def _open_work(out: Path, settings: Settings, sources: Sources, *, resume: bool) -> Path:
+    work = out.parent / f".{out.name}.training"
+    told = json.dumps({"settings": asdict(settings), "sources": asdict(sources)}, default=str, sort_keys=True)
+    marker = work / "run.json"
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    elif not marker.is_file():
+        raise DataError(f"there is nothing to resume: {work} does not exist; start without --resume")
+    elif marker.read_text() != told:
+        raise DataError(
+            f"the run in {work} had other options or files; repeat them, or start without --resume"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    marker.write_text(told)
+    return work
+
+
+def _observe(
+    assistant: Assistant, examples: Sequence[Example], settings: Settings, stage: Stage
+) -> list[Observed]:
+    if not examples:
+        return []
+    kind = Kind(examples[0].kind).name.lower()
+    with assistant.peft.disable_adapter():
+        return observe(
+            assistant.model,
+            examples,
+            fork=settings.fork,
+            exit=settings.exit,
+            num_top=settings.num_top,
+            vocab_size=assistant.vocab_size,
+            advance=stage(f"the target reads: {kind}", len(examples)),
+        )
+
+
+def _record(settings: Settings, prepared: Prepared, log: Sequence[dict[str, float]]) -> dict[str, object]:
+    libraries = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
+    return {
+        "settings": asdict(settings),
+        "data": prepared.record,
+        "log": [dict(entry) for entry in log if "loss" in entry],
+        "versions": {"uld-serve": __version__, **libraries},
+    }
+
+
+def _measure(
+    base: Base,
+    assistant: Assistant,
+    prepared: Prepared,
+    rule: RuleSpec,
+    keywords: tuple[str, ...],
+    stage: Stage,
+) -> tuple[Probes, dict[str, object]]:
+    """Probes with the base's answers and replays, and what the rule does to the held-out answers."""
+    groups = {"forget": prepared.probe_forget, "retain": prepared.probe_retain}
+    protected_ids = torch.tensor(base.eos_ids)
+    measured: dict[str, object] = {}
+    for name, group in groups.items():
+        if group:
+            advance = stage(f"measuring: {name}", 1)
+            seen = _seen(assistant, [(one.prompt_ids, one.answer_ids) for one in group])
+            found = measure.likelihood(assistant, seen, rule, protected_ids=protected_ids)
+            measured[name] = found.rounded()
+            advance(1)
+    advance = stage("recording replay probes", 1)
+    replay = _replay(base, assistant, prepared, rule)
+    advance(1)
+    probes = Probes(
+        keywords=keywords,
+        forget=tuple(_probe(one) for one in prepared.probe_forget),
+        retain=tuple(_probe(one) for one in prepared.probe_retain),
+        replay=replay,
+    )
+    return probes, measured
+
+
+def _seen(assistant: Assistant, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Observed]:
+    examples = [
+        Example(tuple(prompt), tuple(answer), Kind.RETAIN, (0.0,) * len(answer)) for prompt, answer in pairs
+    ]
+    layers = assistant.layers
+    with assistant.peft.disable_adapter():
+        return observe(
+            assistant.model,
+            examples,
+            fork=layers.start,
+            exit=layers.stop,
+            num_top=1,
+            vocab_size=assistant.vocab_size,
+        )
+
+
+def _probe(one: Answered) -> Probe:
+    messages = tuple(Message.model_validate(message.as_dict()) for message in one.document.messages)
+    return Probe(messages=messages, answer_ids=tuple(one.answer_ids), form=one.document.form)
+
+
+def _replay(base: Base, assistant: Assistant, prepared: Prepared, rule: RuleSpec) -> tuple[ReplayProbe, ...]:
+    """The profile's own greedy answers: never filtered, so their likelihood is finite, and another adapter
+    would not have given them."""
+    forget, retain = prepared.pools[Kind.FORGET], prepared.pools[Kind.RETAIN]
+    prompts = [list(one.prompt_ids) for one in forget[:NUM_REPLAY] + retain[:NUM_REPLAY]]
+    protected_ids = torch.tensor(base.eos_ids)
+    probes = []
+    for prompt in prompts:
+        (answer,) = measure.generate(
+            assistant,
+            [prompt],
+            rule,
+            protected_ids=protected_ids,
+            end_ids=base.eos_ids,
+            max_tokens=REPLAY_TOKENS,
+        )
+        seen = _seen(assistant, [(prompt, answer)])
+        found = measure.likelihood(assistant, seen, rule, protected_ids=protected_ids)
+        if found.removed == 0:
+            probes.append(
+                ReplayProbe(
+                    prompt_ids=tuple(prompt),
+                    answer_ids=tuple(answer),
+                    nll_base=max(found.nll_base, 0.0),
+                    nll_fused=max(found.nll_served, 0.0),
+                )
+            )
+    return tuple(probes)

@@ -1,0 +1,158 @@
+"""What the frozen target says of an example, computed once and kept: its hidden state where the assistant enters,
+the keys and values it lends, its logits. So a training step costs only the assistant's layers, and those only
+at answer positions. Called by run and trainer. Knows no adapter and no objective.
+
+Shapes: B examples, Q answer positions, T positions attended over, S layers of the stream, K key/value heads,
+W head width, D hidden width, C columns (the label, then the target's top tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from transformers import PreTrainedModel
+
+from uld_serve.model.borrowed import causal_mask, decoder_parts, target_pass
+from uld_serve.training.examples import Example
+
+IGNORED = -100
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """One example as the frozen target sees it. `columns_QC` are token ids, `logits_QC` the target's."""
+
+    example: Example
+    fork_QD: torch.Tensor
+    final_QD: torch.Tensor
+    keys_SKTW: torch.Tensor
+    values_SKTW: torch.Tensor
+    columns_QC: torch.Tensor
+    logits_QC: torch.Tensor
+
+
+class Batch(TypedDict):
+    """Padded examples. `labels_BQ` is IGNORED where there is no token; nothing there reaches a loss."""
+
+    fork_BQD: torch.Tensor
+    final_BQD: torch.Tensor
+    keys_SBKTW: torch.Tensor
+    values_SBKTW: torch.Tensor
+    positions_BQ: torch.Tensor
+    is_real_BT: torch.Tensor
+    labels_BQ: torch.Tensor
+    goals_BQ: torch.Tensor
+    kind_B: torch.Tensor
+    columns_BQC: torch.Tensor
+    logits_BQC: torch.Tensor
+
+
+@torch.no_grad()
+def observe(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    fork: int,
+    exit: int,
+    num_top: int,
+    vocab_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Observed]:
+    """Run the target over every example, the shortest together; in the order given."""
+    order = sorted(range(len(examples)), key=lambda number: _length(examples[number]))
+    found: dict[int, Observed] = {}
+    for start in range(0, len(order), BATCH_SIZE):
+        chosen = order[start : start + BATCH_SIZE]
+        batch = [examples[number] for number in chosen]
+        seen = _observe_batch(model, batch, fork=fork, exit=exit, num_top=num_top, vocab_size=vocab_size)
+        found.update(zip(chosen, seen, strict=True))
+        advance(len(chosen))
+    return [found[number] for number in range(len(examples))]
+
+
+def _observe_batch(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    fork: int,
+    exit: int,
+    num_top: int,
+    vocab_size: int,
+) -> Iterator[Observed]:
+    device = model.device
+    width = max(_length(example) for example in examples)
+    ids_BT = torch.zeros(len(examples), width, dtype=torch.long)
+    for row, example in enumerate(examples):
+        ids_BT[row, : _length(example)] = torch.tensor(example.prompt_ids + example.answer_ids[:-1])
+    lengths_B = torch.tensor([_length(example) for example in examples])
+    positions_BT = torch.arange(width).expand(len(examples), -1).to(device)
+    is_real_BT = (torch.arange(width) < lengths_B[:, None]).to(device)
+    states = target_pass(
+        model,
+        ids_BT.to(device),
+        positions_BQ=positions_BT,
+        mask_B1QT=causal_mask(is_real_BT, positions_BT),
+        fork=fork,
+        exit=exit,
+    )
+    head = decoder_parts(model).head
+    for row, example in enumerate(examples):
+        end = _length(example)
+        start = end - len(example.answer_ids)
+        final_QD = states.final_BQD[row, start:end]
+        logits_QV = head(final_QD)[:, :vocab_size].float()
+        top_QC = logits_QV.topk(min(num_top, logits_QV.shape[-1])).indices
+        columns_QC = torch.cat([torch.tensor(example.answer_ids, device=device)[:, None], top_QC], dim=-1)
+        lent = [states.keys_values[layer] for layer in range(fork, exit)]
+        # Copies: a view would keep the whole batch's tensors alive.
+        yield Observed(
+            example=example,
+            fork_QD=states.fork_BQD[row, start:end].clone(),
+            final_QD=final_QD.clone(),
+            keys_SKTW=torch.stack([keys[row, :, :end] for keys, _ in lent]),
+            values_SKTW=torch.stack([values[row, :, :end] for _, values in lent]),
+            columns_QC=columns_QC,
+            logits_QC=logits_QV.gather(-1, columns_QC),
+        )
+
+
+def _length(example: Example) -> int:
+    """Positions whose next token is known: the last answer token is only ever a label."""
+    return len(example.prompt_ids) + len(example.answer_ids) - 1
+
+
+def collate(observed: Sequence[Observed]) -> Batch:
+    """Pad examples to one batch: answers and contexts on the right."""
+    answers = [one.fork_QD.shape[0] for one in observed]
+    contexts = [one.keys_SKTW.shape[2] for one in observed]
+    Q, T = max(answers), max(contexts)
+    positions = [torch.arange(t - q, t) for q, t in zip(answers, contexts, strict=True)]
+    return Batch(
+        fork_BQD=_pad([one.fork_QD for one in observed], Q),
+        final_BQD=_pad([one.final_QD for one in observed], Q),
+        keys_SBKTW=torch.stack([_pad_context(one.keys_SKTW, T) for one in observed], dim=1),
+        values_SBKTW=torch.stack([_pad_context(one.values_SKTW, T) for one in observed], dim=1),
+        positions_BQ=_pad(positions, Q),
+        is_real_BT=_pad([torch.ones(t, dtype=torch.bool) for t in contexts], T),
+        labels_BQ=_pad([torch.tensor(one.example.answer_ids) for one in observed], Q, fill=IGNORED),
+        goals_BQ=_pad([torch.tensor(one.example.goals) for one in observed], Q),
+        kind_B=torch.tensor([int(one.example.kind) for one in observed]),
+        columns_BQC=_pad([one.columns_QC for one in observed], Q),
+        logits_BQC=_pad([one.logits_QC for one in observed], Q),
+    )
+
+
+def _pad(rows: Sequence[torch.Tensor], size: int, *, fill: float = 0) -> torch.Tensor:
+    first = rows[0]
+    out = first.new_full((len(rows), size, *first.shape[1:]), fill)
+    for number, row in enumerate(rows):
+        out[number, : row.shape[0]] = row
+    return out
+
+
+def _pad_context(states_SKTW: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.nn.functional.pad(states_SKTW, (0, 0, 0, size - states_SKTW.shape[2]))
