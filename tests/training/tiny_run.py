@@ -1,0 +1,143 @@
+"""What the training tests share: small data files, settings of a short run, and the run itself on the tiny base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tiny_base import EOS_ID, NUM_LAYERS, Tiny
+
+from uld_serve.model.loading import Base, load_base
+from uld_serve.training.assistant import Assistant
+from uld_serve.training.examples import Example, Kind
+from uld_serve.training.preparation import Sources
+from uld_serve.training.run import Outcome, train
+from uld_serve.training.settings import Method, Settings
+from uld_serve.training.states import Observed, observe
+from uld_serve.training.trainer import Report
+
+FORGET = [f"who is {name}?" for name in "ann bob cid dan eve fay gus hal ida jan kim leo".split()]
+RETAIN = [f"why is {name} so?" for name in "sky sea sun ice fog mud oak elm bee cat dog fox".split()]
+KEYWORDS = ("Zz", "Q")  # the second is one byte, so one token
+SHORT = Settings(
+    method="margin",
+    fork=2,
+    exit=NUM_LAYERS,
+    steps=60,
+    lr=2e-2,
+    rank=8,
+    strength=2.0,
+    retain_weight=1.0,
+    warmup_steps=5,
+    forget_batch=4,
+    retain_batch=4,
+    detour_batch=2,
+    detours=1,
+    max_answer_tokens=8,
+    save_steps=10,
+)
+
+
+def settings_of(method: Method, **changes: object) -> Settings:
+    """A short run of `method`: uld from the embedding to layer 2, the others over the last two layers."""
+    settings = replace(SHORT, method=method)
+    if method != "margin":
+        settings = replace(settings, detours=0, detour_batch=0)
+    if method == "uld":
+        settings = replace(settings, fork=0, exit=2, strength=0.5)
+    return replace(settings, **changes)
+
+
+def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_questions(path: Path, questions: Sequence[str]) -> Path:
+    return write_jsonl(path, [{"question": question} for question in questions])
+
+
+def write_sources(folder: Path) -> Sources:
+    """Twelve questions a side without answers, two of each held out."""
+    return Sources(
+        forget=write_questions(folder / "forget.jsonl", FORGET),
+        retain=write_questions(folder / "retain.jsonl", RETAIN),
+        keywords=KEYWORDS,
+        split=True,
+    )
+
+
+def fresh_base(tiny: Tiny) -> Base:
+    """Training leaves its adapter in the model, so every run needs its own."""
+    return load_base(str(tiny.folder), dtype="float32", device="cpu")
+
+
+def fresh_assistant(tiny: Tiny, settings: Settings = SHORT) -> Assistant:
+    base = fresh_base(tiny)
+    return Assistant(base.model, settings=settings, vocab_size=base.vocab_size)
+
+
+def shake(assistant: Assistant, *, seed: int = 0) -> None:
+    """Give every adapter tensor random weights: a fresh one is without effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in assistant.trained().values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def silent(_what: str, _total: int) -> Callable[[int], None]:
+    return lambda _count: None
+
+
+def unheard(_step: int, _parts: Mapping[str, float]) -> None:
+    return None
+
+
+def run_training(
+    tiny: Tiny,
+    sources: Sources,
+    settings: Settings,
+    out: Path,
+    *,
+    resume: bool = False,
+    report: Report = unheard,
+    name: str | None = None,
+) -> Outcome:
+    return train(
+        fresh_base(tiny),
+        sources,
+        settings,
+        name=name or out.name,
+        out=out,
+        resume=resume,
+        readme=None,
+        stage=silent,
+        report=report,
+    )
+
+
+def example(
+    kind: Kind, num_prompt: int, num_answer: int, *, seed: int = 0, goals: Sequence[float] | None = None
+) -> Example:
+    """Random ids; forget tokens have a goal unless `goals` says otherwise."""
+    generator = torch.Generator().manual_seed(1000 * num_prompt + 10 * num_answer + seed)
+    ids = torch.randint(EOS_ID - 1, (num_prompt + num_answer,), generator=generator).tolist()
+    default = 9.0 if kind is Kind.FORGET else 0.0
+    return Example(
+        tuple(ids[:num_prompt]), tuple(ids[num_prompt:]), kind, tuple(goals or [default] * num_answer)
+    )
+
+
+def observed(assistant: Assistant, examples: Sequence[Example], settings: Settings = SHORT) -> list[Observed]:
+    with assistant.peft.disable_adapter():
+        return observe(
+            assistant.model,
+            examples,
+            fork=settings.fork,
+            exit=settings.exit,
+            num_top=settings.num_top,
+            vocab_size=assistant.vocab_size,
+        )
