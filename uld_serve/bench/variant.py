@@ -1,0 +1,83 @@
+"""One thing to be timed: an engine and what its requests forget. Filled, stepped and emptied by decode and prefill.
+Knows no clock and no report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+
+from uld_serve.engine.engine import Engine
+from uld_serve.engine.plan import Decision
+from uld_serve.engine.request import Delta, SamplingParams
+
+Mode = Literal["plain", "naive", "unlearned", "many", "mixed"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+MODE_HELP = (
+    "plain: no profile; naive: a second, truncated model beside the target; unlearned: every request with the same "
+    "profile; many: as many different profiles as --profiles-in-batch, spread over the batch; mixed: every other "
+    "request with the profile"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """`decisions` are dealt to the requests of a batch in turn."""
+
+    mode: Mode
+    engine: Engine
+    decisions: tuple[Decision, ...]
+
+    def fill(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+        """One request a prompt, run until every one has drawn its first token.
+
+        Every prompt is run once alone before, into the prefix cache: all requests then start in one step, instead
+        of the first ones decoding while the last ones wait for their prompts.
+        """
+        for row, prompt in enumerate(prompts):
+            self._add(row, prompt, replace(params, max_tokens=1))
+            while self.engine.has_work:
+                self.step()
+        for row, prompt in enumerate(prompts):
+            self._add(row, prompt, params)
+        while any(not sequence.output_ids for sequence in self.engine.sequences.values()):
+            self.step()
+
+    def step(self) -> list[Delta]:
+        """One step of the engine. Raises a request's error."""
+        deltas = self.engine.step()
+        for delta in deltas:
+            if delta.error is not None:
+                raise delta.error
+        return deltas
+
+    def decode(self) -> None:
+        """One step in which every request draws one token and none ends."""
+        num_running = len(self.engine.sequences)
+        deltas = self.step()
+        if len(deltas) != num_running or len(self.engine.sequences) != num_running:
+            raise AssertionError(f"{self.mode}: {len(deltas)} of {num_running} requests drew a token")
+
+    def first_token(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """A new request from its arrival to its first token; `clear` ends it."""
+        self._add(0, prompt, params)
+        while not self.step():
+            pass
+
+    def clear(self) -> None:
+        for request_id in list(self.engine.sequences):
+            self.engine.abort(request_id)
+
+    def _add(self, row: int, prompt: Sequence[int], params: SamplingParams) -> None:
+        decision = self.decisions[row % len(self.decisions)]
+        self.engine.add(f"{self.mode}-{row}", list(prompt), params, decision)
+
+
+def random_prompts(count: int, length: int, *, vocab_size: int, seed: int) -> list[list[int]]:
+    """Prompts that share no beginning, so that the prefix cache helps nobody."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[list[int]] = torch.randint(vocab_size, (count, length), generator=generator).tolist()
+    return ids
