@@ -10,7 +10,8 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -38,25 +39,26 @@ class Streamed:
 async def stream_completion(url: str, body: Mapping[str, object], headers: Mapping[str, str]) -> Streamed:
     """POST to `url` and read server-sent events to their end. Raises RequestFailed, OSError."""
     streamed, is_done = Streamed(), False
-    async for line in _lines(url, json.dumps(body).encode(), headers):
-        if not line.startswith(b"data: "):
-            continue
-        if line == b"data: [DONE]":
-            is_done = True
-            continue
-        event = json.loads(line.removeprefix(b"data: "))
-        if "error" in event:
-            raise RequestFailed("error event", str(event["error"])[:200])
-        if event.get("choices"):
-            streamed.event_times.append(time.perf_counter())
-        if event.get("usage"):
-            streamed.completion_tokens = int(event["usage"]["completion_tokens"])
+    async with aclosing(_lines(url, json.dumps(body).encode(), headers)) as lines:
+        async for line in lines:
+            if not line.startswith(b"data: "):
+                continue
+            if line == b"data: [DONE]":
+                is_done = True
+                continue
+            event = json.loads(line.removeprefix(b"data: "))
+            if "error" in event:
+                raise RequestFailed("error event", str(event["error"])[:200])
+            if event.get("choices"):
+                streamed.event_times.append(time.perf_counter())
+            if event.get("usage"):
+                streamed.completion_tokens = int(event["usage"]["completion_tokens"])
     if not is_done or not streamed.event_times:
         raise RequestFailed("broken stream", f"{len(streamed.event_times)} events and no [DONE]")
     return streamed
 
 
-async def _lines(url: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+async def _lines(url: str, body: bytes, headers: Mapping[str, str]) -> AsyncGenerator[bytes, None]:
     """Lines of the response's body as they come; a connection of its own, closed at the end."""
     parts = urlsplit(url)
     is_tls = parts.scheme == "https"

@@ -4,6 +4,7 @@ every bench command. Knows nothing of how times were taken."""
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -17,13 +18,18 @@ from uld_serve.bench.environment import Environment
 Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
 
 
+LOG_WIDTH = 120
+
+
 class Reporter:
     """Everything a command prints. With `as_json` people's part goes to standard error, and standard output holds
     the JSON line alone."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
-        self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+        # A log file is not 80 columns wide, and a number cut in half says nothing.
+        width = None if (sys.stderr if as_json else sys.stdout).isatty() else LOG_WIDTH
+        self.console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
         self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def begin(self, environment: Environment) -> None:
@@ -44,9 +50,11 @@ class Reporter:
             yield lambda: bar.advance(task)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        table = Table(title=title, title_justify="left", box=box.SIMPLE)
+        table = Table(
+            title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True
+        )
         for number, name in enumerate(columns):
-            table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+            table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number > 0)
         for row in rows:
             table.add_row(*row)
         self.console.print(table)

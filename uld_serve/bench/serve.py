@@ -10,8 +10,8 @@ import statistics
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ from uld_serve.errors import InvalidRequest
 
 SUMMARY = "time to first token, between tokens and to the end under Poisson arrivals, over HTTP"
 KEY_VARIABLE = "ULD_SERVE_API_KEY"
+BASE, ALL = "none", "all"
 PERCENTILES = (50, 90, 99)
-COLUMNS = ("model", "requests", "errors", "first token", "between tokens", "end to end", "tokens/s")
+COLUMNS = ("profile", "requests", "errors", "first token", "between tokens", "end to end", "tokens/s")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     environment = Environment.look(torch.device("cpu"))
     reporter.begin(environment)
-    with nullcontext(args.url.rstrip("/")) if args.url is not None else running_server(arguments) as root:
+    with nullcontext(args.url.rstrip("/")) if args.url is not None else _server(arguments, reporter) as root:
         load = _load(args, _served_model(root, headers))
         with reporter.progress("requests", load.num_requests) as advance:
             measured = drive(f"{root}/v1", load, headers=headers, on_done=advance)
@@ -97,6 +98,14 @@ def run(args: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
+@contextmanager
+def _server(arguments: Sequence[str], reporter: Reporter) -> Iterator[str]:
+    with ExitStack() as stack:
+        with reporter.console.status("starting the server"):
+            url = stack.enter_context(running_server(arguments))
+        yield url
+
+
 def _server_arguments(args: argparse.Namespace) -> list[str]:
     given = {name: getattr(args, name) for name in ("model", "profiles", "dtype", "device")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -117,7 +126,7 @@ def _served_model(root: str, headers: dict[str, str]) -> str:
 
 def _load(args: argparse.Namespace, model: str) -> Load:
     return Load(
-        models=tuple(model if name == "none" else f"{model}:{name}" for name in args.profile or ["none"]),
+        models=tuple(model if name == BASE else f"{model}:{name}" for name in args.profile or [BASE]),
         rate=args.rate,
         num_requests=args.requests,
         concurrency_cap=args.concurrency_cap,
@@ -131,10 +140,15 @@ def _load(args: argparse.Namespace, model: str) -> Load:
 def summarise(run: Run, models: Sequence[str]) -> list[dict[str, Json]]:
     """One record for each model, and one for all of them where there are several. Times are in milliseconds."""
     results = [
-        _summary(model, [r for r in run.records if r.model == model], run.seconds)
+        _summary(_label(model), [r for r in run.records if r.model == model], run.seconds)
         for model in dict.fromkeys(models)
     ]
-    return results if len(results) == 1 else [*results, _summary("all", run.records, run.seconds)]
+    return results if len(results) == 1 else [*results, _summary(ALL, run.records, run.seconds)]
+
+
+def _label(model: str) -> str:
+    """A request's profile, of a model's name `base:profile`."""
+    return model.partition(":")[2] or BASE
 
 
 def _summary(name: str, records: Sequence[Record], seconds: float) -> dict[str, Json]:

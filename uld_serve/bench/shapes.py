@@ -4,9 +4,11 @@ what such a model says means nothing. Called by subjects."""
 from __future__ import annotations
 
 import hashlib
+import json
+import tempfile
+from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from uld_serve.errors import InvalidRequest
@@ -92,9 +94,11 @@ def _random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device)
 def _numbered_tokens(vocab_size: int) -> PreTrainedTokenizerFast:
     """A vocabulary of the right size: "<0>", "<1>", …"""
     vocab = {f"<{number}>": number for number in range(vocab_size)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocab=vocab, unk_token="<0>")), eos_token="<1>"
-    )
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<0>"}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokenizer.json"
+        file.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+        return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<1>")
 
 
 def _digest(what: str) -> str:

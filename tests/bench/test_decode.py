@@ -1,0 +1,157 @@
+"""`bench decode` and `bench prefill` time what they say, print one JSON line, and refuse what cannot be measured."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import pytest
+
+from uld_serve import cli
+from uld_serve.bench import decode
+from uld_serve.bench.subjects import Subjects
+from uld_serve.bench.variant import Variant, random_prompts
+from uld_serve.engine.request import SamplingParams
+
+TINY = ("--shape", "tiny", "--device", "cpu")
+Bench = Callable[..., dict]
+
+
+def subjects(*arguments: str) -> Subjects:
+    parser = argparse.ArgumentParser()
+    decode.add_arguments(parser)
+    return Subjects.of(parser.parse_args([*TINY, *arguments]))
+
+
+def test_decode_reports_every_mode_at_every_batch(bench: Bench) -> None:
+    found = bench("decode", *TINY, "--batch", "1", "3", "--context", "20", "--steps", "3")
+    assert [(one["batch"], one["mode"]) for one in found["results"]] == [
+        (batch, mode) for batch in (1, 3) for mode in ("plain", "naive", "unlearned")
+    ]
+    for one in found["results"]:
+        assert one["context"] == 20
+        low, high = one["ms_quartiles"]
+        assert 0 < low <= one["ms_median"] <= high
+        assert one["tokens_per_s"] == pytest.approx(one["batch"] / one["ms_median"] * 1e3, rel=1e-3)
+    assert set(found["ratios"]) == {"1", "3"}
+    assert found["environment"]["device"] == "cpu"
+    assert found["settings"]["interleaved"] is True
+
+
+def test_ratios_are_of_the_medians(bench: Bench) -> None:
+    found = bench("decode", *TINY, "--batch", "2", "--context", "8", "--steps", "3")
+    medians = {one["mode"]: one["ms_median"] for one in found["results"]}
+    expected = {f"{mode}/plain": medians[mode] / medians["plain"] for mode in ("naive", "unlearned")}
+    assert found["ratios"]["2"] == pytest.approx(expected, rel=1e-2)
+
+
+def test_many_profiles_take_many_times_the_bytes(bench: Bench) -> None:
+    found = bench(
+        "decode", *TINY, "--modes", "unlearned", "mixed", "--profiles-in-batch", "5", "--batch", "4",
+        "--context", "8", "--steps", "2", "--assistant-layers", "2", "--rank", "4",
+    )  # fmt: skip
+    assert [one["mode"] for one in found["results"]] == ["unlearned", "many", "mixed"]
+    held = found["adapter_bytes"]
+    # Rank 4 on two layers' q, o, gate, up and down projections, in bf16.
+    one_adapter = 2 * 2 * 4 * ((64 + 64) + (64 + 64) + (64 + 128) * 3)
+    assert held == {"1": one_adapter, "5": 5 * one_adapter}
+    assert set(found["ratios"]["4"]) == {"many/unlearned"}
+
+
+def test_one_at_a_time_measures_the_same_modes(bench: Bench) -> None:
+    found = bench(
+        "decode", *TINY, "--one-at-a-time", "--modes", "plain", "unlearned", "--batch", "1", "2", "--context", "8",
+        "--steps", "2",
+    )  # fmt: skip
+    assert [(one["batch"], one["mode"]) for one in found["results"]] == [
+        (1, "plain"), (1, "unlearned"), (2, "plain"), (2, "unlearned")
+    ]  # fmt: skip
+    assert found["settings"]["interleaved"] is False
+
+
+def test_prefill_reports_every_length(bench: Bench) -> None:
+    found = bench("prefill", *TINY, "--context", "16", "600", "--repeats", "2")
+    assert [(one["context"], one["mode"]) for one in found["results"]] == [
+        (16, "plain"), (16, "unlearned"), (600, "plain"), (600, "unlearned")
+    ]  # fmt: skip
+    assert set(found["ratios"]) == {"16", "600"}
+    assert set(found["ratios"]["600"]) == {"unlearned/plain"}
+
+
+def receipts(variant: Variant, count: int) -> list[str]:
+    prompts = random_prompts(count, 8, vocab_size=512, seed=0)
+    variant.fill(prompts, SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0))
+    ends = []
+    while variant.engine.has_work:
+        ends += [delta for delta in variant.step() if delta.finish_reason is not None]
+    ends.sort(key=lambda delta: delta.request_id)
+    return [delta.receipt.header.partition("@")[0] for delta in ends]
+
+
+def test_each_mode_forgets_what_its_name_says() -> None:
+    chosen = subjects("--modes", "plain", "naive", "unlearned", "mixed", "--profiles-in-batch", "3")
+    settings = chosen.settings(4, 32)
+    found = {mode: receipts(chosen.variant(mode, settings), 4) for mode in chosen.modes}
+    assert found == {
+        "plain": ["none"] * 4,
+        "naive": ["random-0"] * 4,
+        "unlearned": ["random-0"] * 4,
+        "many": ["random-0", "random-1", "random-2", "random-0"],
+        "mixed": ["random-0", "none", "random-0", "none"],
+    }
+
+
+def test_a_batch_starts_together() -> None:
+    chosen = subjects()
+    variant = chosen.variant("unlearned", chosen.settings(8, 600))
+    prompts = random_prompts(8, 500, vocab_size=512, seed=0)
+    variant.fill(prompts, SamplingParams(max_tokens=50, ignore_eos=True, temperature=0.0))
+    sequences = variant.engine.sequences.values()
+    assert [(len(one.output_ids), one.num_computed) for one in sequences] == [(1, 500)] * 8
+    variant.decode()
+    assert {len(one.output_ids) for one in sequences} == {2}
+    variant.clear()
+    variant.engine.check_integrity()
+
+
+def test_a_timed_step_in_which_a_request_ends_is_refused() -> None:
+    chosen = subjects()
+    variant = chosen.variant("plain", chosen.settings(1, 32))
+    variant.fill([[5, 6, 7]], SamplingParams(max_tokens=2, ignore_eos=True, temperature=0.0))
+    with pytest.raises(AssertionError, match="plain: 1 of 1"):
+        variant.decode()
+
+
+def test_a_busy_machine_is_warned_about(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "decode", *TINY, "--modes", "plain", "--batch", "1", "--context", "8", "--steps", "1"]
+    warned = []
+    for load in (100.0, 0.0):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, load, load))
+        assert cli.main(command) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("cpu (")
+        warned.append("not comparable" in err)
+    assert warned == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--model", "x"], "exclude each other"),
+        (["--profile", "harry-potter"], "random"),
+        (["--profiles-in-batch", "0"], "at least 1"),
+        (["--assistant-layers", "5"], "does not fit"),
+        (["--fork", "3", "--assistant-layers", "2"], "does not fit"),
+        (["--rank", "0"], "does not fit"),
+        (["--context", "4096"], "4096 positions"),
+        (["--steps", "0"], "at least 1"),
+        (["--batch", "0"], "at least 1"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "decode", *TINY, *arguments]) == 2
+    assert word in capsys.readouterr().err
