@@ -19,8 +19,10 @@ from uld_serve.training.settings import Method, Settings
 from uld_serve.training.states import Observed, observe
 from uld_serve.training.trainer import Report
 
-FORGET = [f"who is {name}?" for name in "ann bob cid dan eve fay gus hal ida jan kim leo".split()]
-RETAIN = [f"why is {name} so?" for name in "sky sea sun ice fog mud oak elm bee cat dog fox".split()]
+PEOPLE = ("ann", "bob", "cid", "dan", "eve", "fay", "gus", "hal", "ida", "jan", "kim", "leo")
+THINGS = ("sky", "sea", "sun", "ice", "fog", "mud", "oak", "elm", "bee", "cat", "dog", "fox")
+FORGET = [f"who is {name}?" for name in PEOPLE]
+RETAIN = [f"why is {name} so?" for name in THINGS]
 KEYWORDS = ("Zz", "Q")  # the second is one byte, so one token
 SHORT = Settings(
     method="margin",

@@ -1,0 +1,210 @@
+"""Runs that stop, are refused or go on: nothing half-written, nothing lost, no work before a refusal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_base import Tiny
+from tiny_run import FORGET, RETAIN, run_training, settings_of, write_jsonl, write_questions, write_sources
+
+from uld_serve.errors import DataError
+from uld_serve.training import answers, run
+from uld_serve.training.preparation import Sources
+
+QUICK = settings_of("margin", steps=20, save_steps=6)
+
+
+class Pulled(Exception):
+    """The plug."""
+
+
+def pull_at(step: int) -> Callable[[int, Mapping[str, float]], None]:
+    def report(now: int, _parts: Mapping[str, float]) -> None:
+        if now == step:
+            raise Pulled
+
+    return report
+
+
+def adapter(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "adapter" / "adapter_model.safetensors")
+
+
+def refuse_work(_what: str, _total: int) -> Callable[[int], None]:
+    raise AssertionError("work was begun")
+
+
+def interrupt(tiny: Tiny, sources: Sources, out: Path) -> None:
+    with pytest.raises(Pulled):
+        run_training(tiny, sources, QUICK, out, report=pull_at(10))
+    assert not out.exists()
+    assert (out.parent / f".{out.name}.training" / "checkpoints" / "checkpoint-6").is_dir()
+
+
+def test_a_resumed_run_writes_the_very_same_profile(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = write_sources(tmp_path)
+    whole = run_training(tiny, sources, QUICK, tmp_path / "whole", name="tiny")
+    out = tmp_path / "stopped"
+    interrupt(tiny, sources, out)
+    asked: list[int] = []
+    made = answers.own_answers
+    monkeypatch.setattr(
+        answers, "own_answers", lambda *args, **options: asked.append(1) or made(*args, **options)
+    )
+    resumed = run_training(tiny, sources, QUICK, out, resume=True, name="tiny")
+    assert asked == []
+    expected, found = adapter(tmp_path / "whole"), adapter(out)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert resumed.record["measured"] == whole.record["measured"]
+    assert (out / "probes.json").read_bytes() == (tmp_path / "whole" / "probes.json").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"forget.jsonl", "retain.jsonl", "whole", "stopped"}
+
+
+def test_a_run_begun_again_without_resume_starts_afresh(tiny: Tiny, tmp_path: Path) -> None:
+    sources, steps = write_sources(tmp_path), []
+    interrupt(tiny, sources, tmp_path / "out")
+    run_training(tiny, sources, QUICK, tmp_path / "out", report=lambda step, _: steps.append(step))
+    assert steps == [10, 20]
+
+
+def test_resuming_what_was_told_otherwise_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    sources, out = write_sources(tmp_path), tmp_path / "out"
+    interrupt(tiny, sources, out)
+    for other in (replace(QUICK, lr=1e-3), replace(QUICK, seed=1), replace(QUICK, rank=4)):
+        with pytest.raises(DataError, match="other options"):
+            run_training(tiny, sources, other, out, resume=True)
+    with pytest.raises(DataError, match="other options"):
+        run_training(tiny, replace(sources, keywords=("Yy",)), QUICK, out, resume=True)
+    write_questions(sources.retain, [*RETAIN[:-1], "why is it not so?"])
+    with pytest.raises(DataError, match="other files"):
+        run_training(tiny, sources, QUICK, out, resume=True)
+    write_questions(sources.retain, RETAIN)
+    assert run_training(tiny, sources, QUICK, out, resume=True).version.name == "out"
+
+
+def test_resuming_on_another_base_is_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources, out = write_sources(tmp_path), tmp_path / "out"
+    interrupt(tiny, sources, out)
+    other = replace(tiny.base, fingerprint="sha256:" + "0" * 64)
+    with pytest.raises(DataError, match="another base"):
+        run.train(
+            other,
+            sources,
+            QUICK,
+            name="out",
+            out=out,
+            resume=True,
+            readme=None,
+            stage=refuse_work,
+            report=pull_at(0),
+        )
+
+
+def test_there_must_be_something_to_resume(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing to resume: .*start without --resume"):
+        run_training(tiny, write_sources(tmp_path), QUICK, tmp_path / "out", resume=True)
+    assert not (tmp_path / ".out.training").exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_no_profile(tiny: Tiny, tmp_path: Path) -> None:
+    wild = replace(QUICK, lr=1e38, warmup_steps=0)
+    with pytest.raises(DataError, match="the loss is"):
+        run_training(tiny, write_sources(tmp_path), wild, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+REFUSED: list[tuple[str, dict[str, object], str]] = [
+    ("Bad Name", {}, "name"),
+    ("none", {}, "none"),
+    ("fine", {"strength": 200.0}, "strength"),
+    ("fine", {"exit": 5}, "--exit 5 is beyond the base's 4 layers"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), REFUSED)
+def test_what_could_not_be_written_is_refused_before_any_work(
+    tiny: Tiny, tmp_path: Path, name: str, changes: Mapping[str, object], words: str
+) -> None:
+    sources = write_sources(tmp_path)
+    with pytest.raises(DataError, match=words):
+        _train_without_work(tiny, sources, name=name, out=tmp_path / "out", changes=changes)
+    assert {path.name for path in tmp_path.iterdir()} == {"forget.jsonl", "retain.jsonl"}
+
+
+def test_an_existing_profile_is_refused_before_any_work(tiny: Tiny, tmp_path: Path) -> None:
+    sources = write_sources(tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match=r"out exists and a profile is never overwritten; remove it"):
+        _train_without_work(tiny, sources, name="out", out=tmp_path / "out", changes={})
+    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / ".out.training").exists()
+
+
+def _train_without_work(
+    tiny: Tiny, sources: Sources, *, name: str, out: Path, changes: Mapping[str, object]
+) -> None:
+    run.train(
+        tiny.base,
+        sources,
+        replace(QUICK, **changes),
+        name=name,
+        out=out,
+        resume=False,
+        readme=None,
+        stage=refuse_work,
+        report=pull_at(0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "who is zed?", "completion": "x"}, r"held.jsonl:1: .*must be a question or messages"),
+        ({"question": "who is zed?" + "?" * 9000}, "cannot be put into a profile"),
+        ({"question": "who is zed?", "form": "f" * 65}, "cannot be put into a profile"),
+    ],
+)
+def test_held_out_prompts_that_no_profile_takes_are_refused_before_training(
+    tiny: Tiny, tmp_path: Path, row: object, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "own_answers", lambda _base, prompts, **_options: [[65]] * len(prompts))
+    sources = Sources(
+        forget=write_questions(tmp_path / "f.jsonl", FORGET),
+        retain=write_questions(tmp_path / "r.jsonl", RETAIN),
+        keywords=("Zz",),
+        probe_forget=write_jsonl(tmp_path / "held.jsonl", [row]),
+        probe_retain=write_questions(tmp_path / "kept.jsonl", ["why is zoo so?"]),
+    )
+    with pytest.raises(DataError, match=words):
+        run_training(tiny, sources, settings_of("rkld"), tmp_path / "out", report=pull_at(10))
+
+
+def test_a_missing_file_is_refused_by_its_option(tiny: Tiny, tmp_path: Path) -> None:
+    sources = replace(
+        write_sources(tmp_path),
+        split=False,
+        probe_forget=tmp_path / "no",
+        probe_retain=tmp_path / "forget.jsonl",
+    )
+    with pytest.raises(DataError, match=r"--probe-forget: .*no does not exist"):
+        run_training(tiny, sources, QUICK, tmp_path / "out")
+    with pytest.raises(DataError, match=r"--forget: .*no does not exist"):
+        run_training(tiny, replace(sources, forget=tmp_path / "no"), QUICK, tmp_path / "out")
+
+
+def test_the_record_of_a_run_that_went_through_is_whole_json(tiny: Tiny, tmp_path: Path) -> None:
+    outcome = run_training(tiny, write_sources(tmp_path), QUICK, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert written == json.loads(json.dumps(outcome.record))
+    assert written["seconds"] > 0

@@ -1,0 +1,178 @@
+"""Whole runs on the tiny base: what is written serves, measures the same through the engine, and really forgets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import Oracle
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from tiny_base import Tiny
+from tiny_run import (
+    FORGET,
+    KEYWORDS,
+    RETAIN,
+    example,
+    fresh_assistant,
+    observed,
+    run_training,
+    settings_of,
+    write_questions,
+    write_sources,
+)
+
+from uld_serve.engine.request import SamplingParams
+from uld_serve.engine.scoring import replay
+from uld_serve.llm import LLM
+from uld_serve.profiles.profile import ProfileVersion
+from uld_serve.profiles.store import read_profile
+from uld_serve.training.examples import Kind
+from uld_serve.training.preparation import Sources
+from uld_serve.training.settings import METHODS, Method, Settings
+from uld_serve.training.states import collate
+
+
+@dataclass
+class Run:
+    settings: Settings
+    path: Path
+    version: ProfileVersion
+    llm: LLM
+
+    @property
+    def record(self) -> dict[str, object]:
+        found = json.loads((self.path / "training.json").read_text())
+        assert isinstance(found, dict)
+        return found
+
+    def nll(self, sequences: list[tuple[list[int], list[int]]], *, profile: str | None) -> float:
+        """Mean over the answer tokens of (prompt, answer) pairs, through the engine."""
+        scored = self.llm.score([[*prompt, *answer] for prompt, answer in sequences], profile=profile)
+        found = [
+            entry
+            for (prompt, _), one in zip(sequences, scored, strict=True)
+            for entry in one.logprobs[len(prompt) :]
+        ]
+        return -sum(entry for entry in found if entry is not None) / len(found)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[Method, Run]:
+    """One run a method; loading them into an engine replays their probes."""
+    made = {}
+    for method in METHODS:
+        folder = tmp_path_factory.mktemp(method)
+        path, settings = folder / f"tiny-{method}", settings_of(method)
+        version = run_training(tiny, write_sources(folder), settings, path).version
+        llm = LLM(str(tiny.folder), profiles=path, dtype="float32", device="cpu")
+        made[method] = Run(settings, path, version, llm)
+    return made
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_written_profile_says_how_it_was_made(runs: dict[Method, Run], method: Method) -> None:
+    run = runs[method]
+    version = read_profile(run.path)
+    assert version.ref == run.version.ref
+    profile, settings = version.profile, run.settings
+    [stream] = profile.streams
+    assert (profile.name, profile.method) == (f"tiny-{method}", method)
+    assert (stream.fork, stream.exit, stream.kv) == (settings.fork, settings.exit, "borrowed")
+    assert profile.rule.kind == ("subtract" if method == "uld" else "relu_difference")
+    assert profile.rule.strength == settings.strength
+    assert version.probes.keywords == KEYWORDS
+    assert [probe.messages[0].content for probe in version.probes.forget] == FORGET[::6]
+    assert [probe.messages[0].content for probe in version.probes.retain] == RETAIN[::6]
+    record = run.record
+    assert record["settings"]["seed"] == settings.seed
+    assert record["settings"]["lr"] == settings.lr
+    assert record["data"]["examples"]["forget"] == 10
+    assert {"torch", "transformers", "peft", "uld-serve"} <= record["versions"].keys()
+    assert [entry["step"] for entry in record["log"]] == list(range(10, settings.steps + 1, 10))
+    assert record["log"][-1]["loss"] < 0.7 * record["log"][0]["loss"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replay_probes_pass_through_the_engine(runs: dict[Method, Run], method: Method) -> None:
+    run = runs[method]
+    probes = run.version.probes.replay
+    assert len(probes) == 4
+    replay(run.llm.engine, run.version)
+    pairs = [(list(probe.prompt_ids), list(probe.answer_ids)) for probe in probes]
+    for pair, probe in zip(pairs, probes, strict=True):
+        assert run.nll([pair], profile=f"tiny-{method}") == pytest.approx(probe.nll_fused, abs=1e-3)
+        assert run.nll([pair], profile=None) == pytest.approx(probe.nll_base, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_measured_numbers_are_those_of_the_engine(runs: dict[Method, Run], method: Method) -> None:
+    run = runs[method]
+    measured = run.record["measured"]
+    assert isinstance(measured, dict)
+    for name, probes in (("forget", run.version.probes.forget), ("retain", run.version.probes.retain)):
+        asked = [[message.model_dump() for message in probe.messages] for probe in probes]
+        prompts = [list(run.llm.tokenizer.encode_chat(messages)) for messages in asked]
+        pairs = [(p, list(probe.answer_ids or ())) for p, probe in zip(prompts, probes, strict=True)]
+        found = measured[name]
+        assert found["tokens"] == sum(len(answer) for _, answer in pairs)
+        assert run.nll(pairs, profile=None) == pytest.approx(found["nll_base"], abs=1e-3)
+        served = run.nll(pairs, profile=f"tiny-{method}")
+        if found["removed"]:
+            assert found["nll_served"] is None
+            assert served == float("inf")
+        else:
+            assert served == pytest.approx(found["nll_served"], abs=1e-3)
+
+
+def test_margin_forgets_what_it_was_taught_and_keeps_the_rest(tiny: Tiny, tmp_path: Path) -> None:
+    said = [f"who is {name}?" for name in ("ann", "bob", "cid", "dan")]
+    kept = [f"why is {name} so?" for name in ("sky", "sea", "sun", "ice", "fog", "mud")]
+    sources = Sources(
+        forget=write_questions(tmp_path / "f.jsonl", said), retain=write_questions(tmp_path / "r.jsonl", kept)
+    )
+    settings = settings_of("margin", detours=0, detour_batch=0, common_share=2.0, strength=1.5)
+    path = tmp_path / "forgetful"
+    version = run_training(tiny, sources, settings, path).version
+    assert version.probes.forget == version.probes.retain == ()
+    run = Run(settings, path, version, LLM(str(tiny.folder), profiles=path, dtype="float32", device="cpu"))
+    rises = {}
+    for name, questions in (("forget", said), ("retain", kept)):
+        prompts = [run.llm.tokenizer.encode_chat([{"role": "user", "content": one}]) for one in questions]
+        params = SamplingParams(max_tokens=settings.max_answer_tokens, temperature=0)
+        answered = run.llm.generate([list(prompt) for prompt in prompts], params)
+        pairs = [(list(p), list(one.token_ids)) for p, one in zip(prompts, answered, strict=True)]
+        rises[name] = min(run.nll(pairs, profile="forgetful"), 99.0) - run.nll(pairs, profile=None)
+    assert rises["forget"] > 2.0
+    assert abs(rises["retain"]) < 0.25
+
+
+def test_the_assistant_in_training_is_the_oracles(tiny: Tiny, runs: dict[Method, Run]) -> None:
+    """After training, batched and padded, at answer positions alone: the logits of a run over the whole text."""
+    for method, run in runs.items():
+        assistant = fresh_assistant(tiny, run.settings)
+        set_peft_model_state_dict(
+            assistant.peft, load_file(run.path / "adapter" / "adapter_model.safetensors")
+        )
+        examples = [example(Kind.RETAIN, 9, 3), example(Kind.FORGET, 4, 6)]
+        batch = collate(observed(assistant, examples, run.settings))
+        with torch.no_grad():
+            found = assistant.logits(assistant.hidden(batch)).split([3, 6])
+        name = f"tiny-{method}"
+        oracle = Oracle(
+            tiny.folder,
+            {name: (run.path, run.version)},
+            vocab_size=tiny.base.vocab_size,
+            control_ids=[256, 257, 258],
+        )
+        for one, logits_QV in zip(examples, found, strict=True):
+            for number in range(len(one.answer_ids)):
+                ids = [*one.prompt_ids, *one.answer_ids[:number]]
+                with torch.no_grad():
+                    expected = oracle._assistant(name, "assistant", run.settings.fork, run.settings.exit, ids)
+                torch.testing.assert_close(
+                    logits_QV[number], expected[: tiny.base.vocab_size], rtol=0, atol=1e-4
+                )
