@@ -49,15 +49,21 @@ class Run:
         assert isinstance(found, dict)
         return found
 
-    def nll(self, sequences: list[tuple[list[int], list[int]]], *, profile: str | None) -> float:
-        """Mean over the answer tokens of (prompt, answer) pairs, through the engine."""
+    def nll(
+        self,
+        sequences: list[tuple[list[int], list[int]]],
+        *,
+        profile: str | None,
+        cap: float = float("inf"),
+    ) -> float:
+        """Mean over the answer tokens of (prompt, answer) pairs, through the engine; `cap` for a single token."""
         scored = self.llm.score([[*prompt, *answer] for prompt, answer in sequences], profile=profile)
         found = [
             entry
             for (prompt, _), one in zip(sequences, scored, strict=True)
             for entry in one.logprobs[len(prompt) :]
         ]
-        return -sum(entry for entry in found if entry is not None) / len(found)
+        return sum(min(-entry, cap) for entry in found if entry is not None) / len(found)
 
 
 @pytest.fixture(scope="module")
@@ -139,15 +145,21 @@ def test_margin_forgets_what_it_was_taught_and_keeps_the_rest(tiny: Tiny, tmp_pa
     version = run_training(tiny, sources, settings, path).version
     assert version.probes.forget == version.probes.retain == ()
     run = Run(settings, path, version, LLM(str(tiny.folder), profiles=path, dtype="float32", device="cpu"))
-    rises = {}
+    rises, kept_words = {}, {}
+    params = SamplingParams(max_tokens=settings.max_answer_tokens, temperature=0)
     for name, questions in (("forget", said), ("retain", kept)):
-        prompts = [run.llm.tokenizer.encode_chat([{"role": "user", "content": one}]) for one in questions]
-        params = SamplingParams(max_tokens=settings.max_answer_tokens, temperature=0)
-        answered = run.llm.generate([list(prompt) for prompt in prompts], params)
-        pairs = [(list(p), list(one.token_ids)) for p, one in zip(prompts, answered, strict=True)]
-        rises[name] = min(run.nll(pairs, profile="forgetful"), 99.0) - run.nll(pairs, profile=None)
-    assert rises["forget"] > 2.0
-    assert abs(rises["retain"]) < 0.25
+        prompts = [list(run.llm.tokenizer.encode_chat([{"role": "user", "content": q}])) for q in questions]
+        answered = run.llm.generate(prompts, params)
+        pairs = [(prompt, list(one.token_ids)) for prompt, one in zip(prompts, answered, strict=True)]
+        rises[name] = run.nll(pairs, profile="forgetful", cap=12) - run.nll(pairs, profile=None, cap=12)
+        after = run.llm.generate(prompts, params, profile="forgetful")
+        kept_words[name] = [
+            one.token_ids == other.token_ids for one, other in zip(answered, after, strict=True)
+        ]
+    assert rises["forget"] > 3.0
+    assert abs(rises["retain"]) < 0.3
+    assert not any(kept_words["forget"])
+    assert all(kept_words["retain"])
 
 
 def test_the_assistant_in_training_is_the_oracles(tiny: Tiny, runs: dict[Method, Run]) -> None:

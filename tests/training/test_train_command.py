@@ -1,0 +1,236 @@
+"""`uld-serve train`: every option reaches its setting or is refused; the demo data; the last line of output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import transformers.utils.logging as transformers_logging
+from tiny_base import Tiny
+from tiny_run import FORGET, KEYWORDS, RETAIN, write_questions
+
+from uld_serve.errors import DataError
+from uld_serve.profiles.store import read_profile
+from uld_serve.training import command
+from uld_serve.training.documents import read_documents
+from uld_serve.training.preparation import Sources
+from uld_serve.training.settings import METHODS, Method, Settings, defaults
+
+MARGIN_ONLY = ("goal", "common_goal", "slack", "detour_weight")
+DATA = ("--forget", "f.jsonl", "--retain", "r.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def _transformers_logging_as_before() -> Iterator[None]:
+    level, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    yield
+    transformers_logging.set_verbosity(level)
+    if has_bars:
+        transformers_logging.enable_progress_bar()
+
+
+def parse(*options: str, method: str = "margin", out: str = "out") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    command.add_parser(parser.add_subparsers())
+    return parser.parse_args(["train", "--method", method, "--out", out, *options])
+
+
+def settings(tiny: Tiny, *options: str, method: str = "margin", has_keywords: bool = False) -> Settings:
+    args = parse(*DATA, *options, method=method)
+    return command._settings(args, tiny.base, has_keywords=has_keywords)
+
+
+@pytest.mark.parametrize("field", list(command.SETTINGS))
+def test_each_option_reaches_its_field_and_no_other(tiny: Tiny, field: str) -> None:
+    value = {"fork": "1", "exit": "3", "lr": "0.125", "strength": "2.5"}.get(field, "3")
+    found = settings(tiny, f"--{field.replace('_', '-')}", value)
+    kind = get_type_hints(Settings)[field]
+    assert getattr(settings(tiny), field) != kind(value)
+    assert found == replace(settings(tiny), **{field: kind(value)})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_options_a_run_has_its_methods_defaults(tiny: Tiny, method: Method) -> None:
+    assert settings(tiny, method=method) == defaults(method, num_layers=tiny.base.num_layers)
+
+
+@pytest.mark.parametrize("method", ["uld", "rkld"])
+@pytest.mark.parametrize("field", MARGIN_ONLY)
+def test_options_of_margin_are_refused_for_other_methods(tiny: Tiny, method: str, field: str) -> None:
+    option = f"--{field.replace('_', '-')}"
+    with pytest.raises(DataError, match=f"{option} is for --method margin"):
+        settings(tiny, option, "3", method=method)
+
+
+@pytest.mark.parametrize("field", [name for name, (kind, _) in command.SETTINGS.items() if name != "seed"])
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_values_that_make_no_sense_are_refused_by_option(tiny: Tiny, field: str, value: str) -> None:
+    if command.SETTINGS[field][0] is int and value != "-1":
+        with pytest.raises(SystemExit):
+            parse(*DATA, f"--{field.replace('_', '-')}", value)
+        return
+    with pytest.raises(DataError, match=f"--{field.replace('_', '-')}"):
+        settings(tiny, f"--{field.replace('_', '-')}", value)
+
+
+def test_an_assistant_must_enter_before_it_leaves(tiny: Tiny) -> None:
+    with pytest.raises(DataError, match="must enter before it leaves: --fork 3 --exit 3"):
+        settings(tiny, "--fork", "3", "--exit", "3")
+
+
+def test_defaults_fit_a_shallow_and_a_deep_base() -> None:
+    assert [(s.fork, s.exit) for s in (defaults(m, num_layers=4) for m in METHODS)] == [(0, 4)] * 3
+    late, truncated = (22, 30), (0, 8)
+    found = {method: defaults(method, num_layers=30) for method in METHODS}
+    assert {method: (s.fork, s.exit) for method, s in found.items()} == {
+        "margin": late,
+        "rkld": late,
+        "uld": truncated,
+    }
+
+
+def test_margin_looks_for_other_answers_if_it_knows_the_keywords(tiny: Tiny) -> None:
+    assert settings(tiny, has_keywords=True).detours == 2
+    assert settings(tiny, has_keywords=True).detour_batch == 4
+    assert settings(tiny, "--augment", "self", has_keywords=True) == settings(tiny, has_keywords=True)
+    for found in (
+        settings(tiny, "--augment", "none", has_keywords=True),
+        settings(tiny, has_keywords=False),
+        settings(tiny, method="uld", has_keywords=True),
+    ):
+        assert (found.detours, found.detour_batch) == (0, 0)
+
+
+def test_augmenting_without_keywords_or_margin_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(DataError, match="--augment self needs --keywords"):
+        settings(tiny, "--augment", "self")
+    with pytest.raises(DataError, match="--augment is for --method margin"):
+        settings(tiny, "--augment", "self", method="rkld", has_keywords=True)
+
+
+@pytest.fixture
+def keywords(tmp_path: Path) -> str:
+    path = tmp_path / "keywords.txt"
+    path.write_text("Ann\n\n  Death Eater \n")
+    return str(path)
+
+
+def test_sources_are_as_told(keywords: str) -> None:
+    plain = Sources(forget=Path("f.jsonl"), retain=Path("r.jsonl"))
+    named = replace(plain, keywords=("Ann", "Death Eater"))
+    probes = ("--probe-forget", "pf.jsonl", "--probe-retain", "pr.jsonl")
+    held_out = replace(named, probe_forget=Path("pf.jsonl"), probe_retain=Path("pr.jsonl"))
+    told = {
+        (): plain,
+        ("--probes", "none"): plain,
+        ("--keywords", keywords): replace(named, split=True),
+        ("--keywords", keywords, "--probes", "split"): replace(named, split=True),
+        ("--keywords", keywords, "--probes", "none"): named,
+        ("--keywords", keywords, *probes): held_out,
+    }
+    for options, expected in told.items():
+        assert command._sources(parse(*DATA, *options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "give --forget and --retain, or --preset demo"),
+        (("--forget", "f"), "give --forget and --retain"),
+        ((*DATA, "--probes", "split"), "give --keywords, or --probes none"),
+        ((*DATA, "--probe-forget", "p", "--probe-retain", "q"), "give --keywords"),
+        ((*DATA, "--probe-forget", "p"), "--probe-forget and --probe-retain go together"),
+        ((*DATA, "--probe-retain", "p"), "--probe-forget and --probe-retain go together"),
+        (
+            (*DATA, "--probe-forget", "p", "--probe-retain", "q", "--probes", "none"),
+            "--probes none contradicts --probe-forget",
+        ),
+        (("--preset", "demo", "--forget", "f"), "brings its own data; leave out --forget"),
+        (("--preset", "demo", "--retain", "f"), "leave out --retain"),
+        (("--preset", "demo", "--keywords", "f"), "leave out --keywords"),
+        (("--preset", "demo", "--probe-forget", "f"), "leave out --probe-forget"),
+        (("--preset", "demo", "--probe-retain", "f"), "leave out --probe-retain"),
+        (("--preset", "demo", "--probes", "none"), "leave out --probes"),
+        ((*DATA, "--keywords", "no-such-file"), "no-such-file cannot be read as text"),
+    ],
+)
+def test_contradictions_are_refused(options: tuple[str, ...], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        command._sources(parse(*options))
+
+
+def test_a_keywords_file_without_a_word_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match=r"--keywords: .*blank.txt is empty"):
+        command._sources(parse(*DATA, "--keywords", str(tmp_path / "blank.txt")))
+
+
+def test_the_demo_data_is_ample_varied_and_disjoint() -> None:
+    sources = command._sources(parse("--preset", "demo"))
+    assert sources.probe_forget
+    assert sources.probe_retain
+    files = {"forget": sources.forget, "retain": sources.retain,
+             "held forget": sources.probe_forget, "held retain": sources.probe_retain}  # fmt: skip
+    readings = {name: read_documents(path, kind=name) for name, path in files.items()}
+    least = {"forget": (60, 6), "retain": (120, 10), "held forget": (24, 6), "held retain": (24, 10)}
+    keys: list[str] = []
+    for name, reading in readings.items():
+        num_documents, num_forms = least[name]
+        assert reading.dropped == {}
+        assert len(reading.documents) >= num_documents
+        assert len({document.form for document in reading.documents}) >= num_forms
+        keys += [document.key for document in reading.documents]
+    assert len(set(keys)) == len(keys)
+    assert all(
+        document.messages for name in ("held forget", "held retain") for document in readings[name].documents
+    )
+    assert {"Harry", "Hogwarts", "Dumbledore"} <= set(sources.keywords)
+    assert not sources.split
+
+
+def arguments(tiny: Tiny, tmp_path: Path) -> list[str]:
+    (tmp_path / "keywords.txt").write_text("\n".join(KEYWORDS))
+    (tmp_path / "README.md").write_text("# How this was made\n")
+    given = {
+        "base": tiny.folder, "dtype": "float32", "device": "cpu", "readme": tmp_path / "README.md",
+        "forget": write_questions(tmp_path / "f.jsonl", FORGET), "keywords": tmp_path / "keywords.txt",
+        "retain": write_questions(tmp_path / "r.jsonl", RETAIN),
+        "steps": 10, "rank": 4, "fork": 2, "max-answer-tokens": 6, "seed": 3, "strength": 2.5,
+    }  # fmt: skip
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def test_the_command_trains_and_ends_with_one_line_of_json(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tiny-demo"
+    assert command.run(parse(*arguments(tiny, tmp_path), "--json", out=str(out))) == 0
+    printed = capsys.readouterr()
+    told = json.loads(printed.out.splitlines()[-1])
+    version = read_profile(out)
+    assert told["profile"] == version.ref
+    assert told["profile"].startswith("tiny-demo@")
+    assert told["path"] == str(out)
+    record = json.loads((out / "training.json").read_text())
+    assert told["measured"] == record["measured"]
+    assert {"forget", "retain"} == told["measured"].keys()
+    assert (record["settings"]["rank"], record["settings"]["seed"]) == (4, 3)
+    assert version.profile.rule.strength == 2.5
+    assert (out / "README.md").read_text() == "# How this was made\n"
+    assert "the base answers: forget (10)" in printed.err
+    assert "step 10 of 10: loss" in printed.err
+    assert '"dropped"' in printed.err
+
+
+def test_a_name_may_differ_from_the_folder(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*arguments(tiny, tmp_path), "--name", "another", "--augment", "none", "--probes", "none"]
+    assert command.run(parse(*options, method="rkld", out=str(tmp_path / "out"))) == 0
+    assert read_profile(tmp_path / "out").name == "another"
+    assert capsys.readouterr().out == ""
