@@ -17,6 +17,7 @@ from tiny_run import FORGET, KEYWORDS, RETAIN, write_questions
 from uld_serve.errors import DataError
 from uld_serve.profiles.store import read_profile
 from uld_serve.training import command
+from uld_serve.training import run as run_module
 from uld_serve.training.documents import read_documents
 from uld_serve.training.preparation import Sources
 from uld_serve.training.settings import METHODS, Method, Settings, defaults
@@ -206,8 +207,9 @@ def arguments(tiny: Tiny, tmp_path: Path) -> list[str]:
 
 
 def test_the_command_trains_and_ends_with_one_line_of_json(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run_module, "REPLAY_TOKENS", 4)
     out = tmp_path / "tiny-demo"
     assert command.run(parse(*arguments(tiny, tmp_path), "--json", out=str(out))) == 0
     printed = capsys.readouterr()
@@ -227,10 +229,19 @@ def test_the_command_trains_and_ends_with_one_line_of_json(
     assert '"dropped"' in printed.err
 
 
-def test_a_name_may_differ_from_the_folder(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("options", "name"), [(["--name", "another"], "another"), ([], "out")])
+def test_a_profile_is_named_as_told_or_for_its_folder(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], name: str
 ) -> None:
-    options = [*arguments(tiny, tmp_path), "--name", "another", "--augment", "none", "--probes", "none"]
-    assert command.run(parse(*options, method="rkld", out=str(tmp_path / "out"))) == 0
-    assert read_profile(tmp_path / "out").name == "another"
-    assert capsys.readouterr().out == ""
+    told: dict[str, object] = {}
+
+    def train(*_args: object, **options: object) -> None:
+        told.update(options)
+        raise DataError("enough seen")
+
+    monkeypatch.setattr(command, "train", train)
+    with pytest.raises(DataError, match="enough seen"):
+        command.run(parse(*arguments(tiny, tmp_path), "--resume", *options, out=str(tmp_path / "out")))
+    assert told["name"] == name
+    assert (told["out"], told["resume"]) == (tmp_path / "out", True)
+    assert told["readme"] == "# How this was made\n"

@@ -30,6 +30,7 @@ from uld_serve.engine.scoring import replay
 from uld_serve.llm import LLM
 from uld_serve.profiles.profile import ProfileVersion
 from uld_serve.profiles.store import read_profile
+from uld_serve.training import run as run_module
 from uld_serve.training.examples import Kind
 from uld_serve.training.preparation import Sources
 from uld_serve.training.settings import METHODS, Method, Settings
@@ -72,8 +73,10 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[Method, R
     made = {}
     for method in METHODS:
         folder = tmp_path_factory.mktemp(method)
-        path, settings = folder / f"tiny-{method}", settings_of(method)
-        version = run_training(tiny, write_sources(folder), settings, path).version
+        path, settings = folder / f"tiny-{method}", settings_of(method, steps=40)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_module, "REPLAY_TOKENS", 12)
+            version = run_training(tiny, write_sources(folder), settings, path).version
         llm = LLM(str(tiny.folder), profiles=path, dtype="float32", device="cpu")
         made[method] = Run(settings, path, version, llm)
     return made
@@ -134,7 +137,10 @@ def test_measured_numbers_are_those_of_the_engine(runs: dict[Method, Run], metho
             assert served == pytest.approx(found["nll_served"], abs=1e-3)
 
 
-def test_margin_forgets_what_it_was_taught_and_keeps_the_rest(tiny: Tiny, tmp_path: Path) -> None:
+def test_margin_forgets_what_it_was_taught_and_keeps_the_rest(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "REPLAY_TOKENS", 4)
     said = [f"who is {name}?" for name in ("ann", "bob", "cid", "dan")]
     kept = [f"why is {name} so?" for name in ("sky", "sea", "sun", "ice", "fog", "mud")]
     sources = Sources(
