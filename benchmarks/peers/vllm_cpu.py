@@ -1,0 +1,28 @@
+"""vLLM's CPU build, the base alone. Runs in the environment that run.py makes for it."""
+
+from __future__ import annotations
+
+import os
+
+from peer import Job, measure, options
+
+
+def main() -> None:
+    args = options(__doc__ or "").parse_args()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
+    from vllm import LLM, SamplingParams  # only now: it reads its settings when imported
+
+    llm = LLM(model=args.model, dtype="bfloat16", max_model_len=2048, max_num_seqs=max(args.batch))
+
+    def generate(job: Job) -> int:
+        params = SamplingParams(max_tokens=job.new_tokens, temperature=0.0, ignore_eos=True)
+        prompts = [{"prompt_token_ids": prompt} for prompt in job.prompts]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    measure(args, generate)
+
+
+if __name__ == "__main__":
+    main()
