@@ -13,6 +13,7 @@ class EngineSettings:
 
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
+    adapter_bytes: int | None = None
     block_size: int = 16
     max_num_seqs: int = 64
     max_step_rows: int = 512
@@ -22,6 +23,7 @@ class EngineSettings:
         for name in (
             "max_model_len",
             "kv_cache_bytes",
+            "adapter_bytes",
             "block_size",
             "max_num_seqs",
             "max_step_rows",
@@ -36,10 +38,12 @@ class EngineSettings:
     ) -> EngineConfig:
         """Fix the context length and the number of cache blocks.
 
-        The cache gets `kv_cache_bytes`; else nine tenths of a GPU's free memory, or 1 GiB of main memory.
+        The cache gets `kv_cache_bytes`; else eight tenths of a GPU's free memory, or 1 GiB of main memory. The
+        adapters of all profiles get `adapter_bytes`; else one tenth, or 2 GiB.
         """
         max_model_len = min(self.max_model_len or max_positions, max_positions)
-        budget = self.kv_cache_bytes or (2**30 if free_device_bytes is None else free_device_bytes * 9 // 10)
+        on_cpu = free_device_bytes is None
+        budget = self.kv_cache_bytes or (2**30 if on_cpu else (free_device_bytes or 0) * 8 // 10)
         num_blocks = budget // (bytes_per_token * self.block_size)
         if num_blocks < 1:
             raise InvalidRequest(
@@ -49,6 +53,7 @@ class EngineSettings:
         return EngineConfig(
             max_model_len=min(max_model_len, num_blocks * self.block_size),
             num_blocks=num_blocks,
+            adapter_bytes=self.adapter_bytes or (2**31 if on_cpu else (free_device_bytes or 0) // 10),
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
             max_step_rows=self.max_step_rows,
@@ -62,6 +67,7 @@ class EngineConfig:
 
     max_model_len: int
     num_blocks: int
+    adapter_bytes: int
     block_size: int
     max_num_seqs: int
     max_step_rows: int

@@ -52,8 +52,8 @@ def test_many_profiles_take_many_times_the_bytes(bench: Bench) -> None:
     )  # fmt: skip
     assert [one["mode"] for one in found["results"]] == ["unlearned", "many", "mixed"]
     held = found["adapter_bytes"]
-    # Rank 4 on two layers' q, o, gate, up and down projections, in bf16.
-    one_adapter = 2 * 2 * 4 * ((64 + 64) + (64 + 64) + (64 + 128) * 3)
+    # Rank 4 on two layers' q, o, gate, up and down projections, in fp32 on a CPU.
+    one_adapter = 4 * 2 * 4 * ((64 + 64) + (64 + 64) + (64 + 128) * 3)
     assert held == {"1": one_adapter, "5": 5 * one_adapter}
     assert set(found["ratios"]["4"]) == {"many/unlearned"}
 

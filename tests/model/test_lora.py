@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
-from uld_serve.errors import ProfileMismatch
-from uld_serve.model.lora import AdapterBank
+from uld_serve.errors import Overloaded, ProfileMismatch
+from uld_serve.model.adapter_bank import AdapterBank
+
+ROW_BYTES = (6 + 5) * 4
+"""Of rank 1 in Block's one linear layer, in fp32."""
 
 
 class Block(nn.Module):
@@ -17,81 +23,159 @@ class Block(nn.Module):
         self.mlp.up_proj = nn.Linear(6, 5, bias=False)
 
 
-def bank() -> AdapterBank:
+@dataclass(frozen=True)
+class Delta:
+    tensors: Mapping[str, torch.Tensor]
+    scaling: float = 1.0
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        A, B = (
+            next(t for name, t in self.tensors.items() if name.endswith(part))
+            for part in ("lora_A", "lora_B")
+        )
+        return self.scaling * (x @ A.T) @ B.T
+
+
+def bank(budget_bytes: int | None = None) -> AdapterBank:
     torch.manual_seed(0)
-    return AdapterBank(nn.ModuleList([Block(), Block()]), torch.device("cpu"))
+    layers = nn.ModuleList([Block(), Block()])
+    return AdapterBank(layers.requires_grad_(False), torch.device("cpu"), budget_bytes)
 
 
-def adapter(seed: int, rank: int, layer: int = 0) -> dict[str, torch.Tensor]:
+def adapter(seed: int, rank: int, layer: int = 0, scaling: float = 1.0) -> Delta:
     generator = torch.Generator().manual_seed(seed)
     prefix = f"layers.{layer}.mlp.up_proj"
-    return {
+    tensors = {
         f"{prefix}.lora_A": torch.randn(rank, 6, generator=generator),
         f"{prefix}.lora_B": torch.randn(5, rank, generator=generator),
     }
+    return Delta(tensors, scaling)
 
 
-def delta(tensors: dict[str, torch.Tensor], x: torch.Tensor, scaling: float) -> torch.Tensor:
-    A, B = (next(t for name, t in tensors.items() if name.endswith(part)) for part in ("lora_A", "lora_B"))
-    return scaling * (x @ A.T) @ B.T
+def always(delta: Delta) -> Callable[[], Delta]:
+    return lambda: delta
 
 
-@torch.inference_mode()
+def never() -> Delta:
+    raise AssertionError("loaded although it is resident")
+
+
 def run(bank: AdapterBank, x: torch.Tensor, *, start: int, slots: list[int]) -> torch.Tensor:
-    bank.rows.start, bank.rows.slots_N = start, torch.tensor(slots)
-    bank.rows.only_slot = slots[0] if len(set(slots)) == 1 else None
+    """The first layer's deltas alone."""
+    plain = bank.layers[0].mlp.up_proj(x[None])[0]
+    bank.rows.seat(start, slots, x.device)
     try:
-        return bank.layers[0].mlp.up_proj(x[None])[0]
+        return bank.layers[0].mlp.up_proj(x[None])[0] - plain
     finally:
         bank.rows.clear()
 
 
 def test_mixed_adapters_of_different_rank_touch_their_own_rows_only() -> None:
     it, x = bank(), torch.randn(5, 6)
-    plain = it.layers[0].mlp.up_proj(x).detach()
-    first, second = adapter(1, 2), adapter(2, 4)
-    slots = [it.acquire("a", first, scaling=2.0), it.acquire("b", second, scaling=0.5)]
-    got = run(it, x, start=2, slots=[slots[0], slots[1], slots[0]])
-    assert torch.equal(got[:2], plain[:2])
-    expected = [delta(first, x[2], 2.0), delta(second, x[3], 0.5), delta(first, x[4], 2.0)]
-    torch.testing.assert_close(got[2:] - plain[2:], torch.stack(expected))
-    alone = run(it, x, start=3, slots=[slots[1], slots[1]])
-    torch.testing.assert_close(alone[3:] - plain[3:], delta(second, x[3:], 0.5))
+    first, second = adapter(1, 2, scaling=2.0), adapter(2, 4, scaling=0.5)
+    a, b = it.acquire("a", always(first)), it.acquire("b", always(second))
+    got = run(it, x, start=2, slots=[a, a, b])
+    assert torch.equal(got[:2], torch.zeros(2, 5))
+    torch.testing.assert_close(got[2:], torch.stack([first.of(x[2]), first.of(x[3]), second.of(x[4])]))
+    torch.testing.assert_close(run(it, x, start=3, slots=[b, b])[3:], second.of(x[3:]))
+
+
+@pytest.mark.parametrize("seats", [[1] * 9, [1, 2, 1, 3, 1, 1, 2, 1, 1], [4, 0, 1, 0, 2, 1, 1, 0, 3]])
+def test_many_adapters_in_one_batch_give_what_each_gives_alone(seats: list[int]) -> None:
+    it = bank()
+    deltas = [adapter(number, 1 + number % 3, scaling=1 + number) for number in range(9)]
+    taken = [it.acquire(str(number), always(delta)) for number, delta in enumerate(deltas)]
+    numbers = [number for number, count in enumerate(seats) for _ in range(count)]
+    x = torch.randn(3 + len(numbers), 6)
+    got = run(it, x, start=3, slots=[taken[number] for number in numbers])
+    expected = [deltas[number].of(x[3 + row]) for row, number in enumerate(numbers)]
+    torch.testing.assert_close(got[3:], torch.stack(expected))
+    assert torch.equal(got[:3], torch.zeros(3, 5))
 
 
 def test_an_adapter_without_a_delta_in_this_layer_leaves_it_alone() -> None:
-    it, x = bank(), torch.randn(3, 6)
-    plain = it.layers[0].mlp.up_proj(x).detach()
-    slots = [
-        it.acquire("here", adapter(1, 2), scaling=1.0),
-        it.acquire("there", adapter(2, 3, layer=1), scaling=1.0),
-    ]
-    got = run(it, x, start=1, slots=slots)
-    assert not torch.equal(got[1], plain[1])
-    torch.testing.assert_close(got[2], plain[2])
+    it = bank()
+    here = [adapter(number, 2) for number in range(6)]
+    slots = [it.acquire(f"here {number}", always(delta)) for number, delta in enumerate(here)]
+    slots.append(it.acquire("there", always(adapter(9, 3, layer=1))))
+    for chosen in (slots[:1] + slots[-1:], slots):
+        x = torch.randn(1 + len(chosen), 6)
+        got = run(it, x, start=1, slots=chosen)
+        for row, slot in enumerate(chosen[:-1], start=1):
+            torch.testing.assert_close(got[row], here[slots.index(slot)].of(x[row]))
+        assert torch.equal(got[-1], torch.zeros(5))
+    assert it.resident_bytes == 6 * 2 * ROW_BYTES + 3 * ROW_BYTES, (
+        "no place in layers that an adapter leaves alone"
+    )
 
 
 def test_an_evicted_slot_is_used_again_and_holds_nothing_of_before() -> None:
     it, x = bank(), torch.randn(2, 6)
-    plain = it.layers[0].mlp.up_proj(x).detach()
-    slot = it.acquire("old", adapter(1, 4), scaling=1.0)
+    slot = it.acquire("old", always(adapter(1, 4)))
     with pytest.raises(ProfileMismatch, match="in use"):
         it.evict("old")
     it.release("old")
     it.evict("old")
     small = adapter(2, 1)
-    assert it.acquire("new", small, scaling=1.0) == slot
-    got = run(it, x, start=1, slots=[slot])
-    torch.testing.assert_close(got[1] - plain[1], delta(small, x[1], 1.0))
+    assert it.acquire("new", always(small)) == slot
+    torch.testing.assert_close(run(it, x, start=1, slots=[slot])[1], small.of(x[1]))
+
+
+def test_a_gathered_batch_does_not_outlive_its_adapters() -> None:
+    it, x = bank(), torch.randn(6, 6)
+    deltas = [adapter(number, 2) for number in range(7)]
+    slots = [it.acquire(str(number), always(delta)) for number, delta in enumerate(deltas)]
+    chosen = [slots[0], *slots[2:]]  # not side by side, so they are gathered
+    run(it, x, start=0, slots=chosen)
+    it.release("3")
+    it.evict("3")
+    other = adapter(70, 2)
+    assert it.acquire("other", always(other)) == slots[3]
+    got = run(it, x, start=0, slots=chosen)
+    torch.testing.assert_close(got[2], other.of(x[2]))
 
 
 def test_a_resident_adapter_is_loaded_once_and_counted() -> None:
     it = bank()
-    assert it.acquire("a", adapter(1, 2), scaling=1.0) == it.acquire("a", {}, scaling=1.0)
-    assert (it.num_users("a"), it.total_users) == (2, 2)
+    assert it.acquire("a", always(adapter(1, 2))) == it.acquire("a", never)
+    assert (it.num_users("a"), it.total_users, it.num_loads) == (2, 2, 1)
     it.release("a")
     it.release("a")
     assert it.total_users == 0
+
+
+def test_the_least_recently_used_adapter_makes_room_and_a_leased_one_never_does() -> None:
+    it = bank(budget_bytes=3 * 2 * ROW_BYTES)
+    for name in "abc":
+        it.acquire(name, always(adapter(ord(name), 2)))
+    for name in "bca":
+        it.release(name)
+    it.acquire("a", never)
+    it.acquire("b", never)
+    it.release("b")  # the order of use is now c, a (leased), b
+    it.acquire("d", always(adapter(4, 2)))
+    it.acquire("b", never)
+    with pytest.raises(Overloaded, match="no room"):
+        it.acquire("c", always(adapter(5, 2)))
+    it.release("d")
+    it.acquire("c", always(adapter(5, 2)))
+    assert (it.num_resident, it.num_loads) == (3, 5)
+    assert it.resident_bytes == 3 * 2 * ROW_BYTES
+    with pytest.raises(ProfileMismatch, match="bytes"):
+        it.acquire("huge", always(adapter(6, 7)))
+
+
+def test_a_failed_load_leaves_the_bank_as_it_was() -> None:
+    it = bank(budget_bytes=2 * ROW_BYTES)
+    it.acquire("a", always(adapter(1, 1)))
+    with pytest.raises(RuntimeError, match="disk"):
+        it.acquire("b", lambda: (_ for _ in ()).throw(RuntimeError("disk")))
+    prefix = "layers.0.mlp.up_proj"
+    wrong = Delta({f"{prefix}.lora_A": torch.zeros(1, 6), f"{prefix}.lora_B": torch.zeros(4, 1)})
+    with pytest.raises(ProfileMismatch, match="maps 6 to 4"):
+        it.acquire("b", always(wrong))
+    assert (it.num_resident, it.total_users) == (1, 1)
+    it.acquire("b", always(adapter(2, 1)))
 
 
 @pytest.mark.parametrize(
@@ -105,4 +189,4 @@ def test_a_resident_adapter_is_loaded_once_and_counted() -> None:
 def test_a_module_that_the_base_does_not_have_is_refused(name: str, message: str) -> None:
     tensors = {f"{name}.lora_A": torch.zeros(1, 6), f"{name}.lora_B": torch.zeros(5, 1)}
     with pytest.raises(ProfileMismatch, match=message):
-        bank().acquire("a", tensors, scaling=1.0)
+        bank().acquire("a", always(Delta(tensors)))

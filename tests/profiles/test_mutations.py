@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 from tiny_profile import FACTS
 
-from uld_serve.errors import ProfileError
+from uld_serve.errors import ProfileCorrupt, ProfileError
 from uld_serve.profiles.profile import ProfileVersion
 from uld_serve.profiles.registry import check_base
 from uld_serve.profiles.store import read_profile
@@ -333,13 +333,27 @@ def test_a_symlinked_profile_directory_is_refused(make_profile: Maker, tmp_path:
         read_profile(tmp_path / "link")
 
 
-def test_later_changes_of_the_files_do_not_reach_what_was_read(make_profile: Maker) -> None:
-    directory, _ = make_profile()
-    version = read_profile(directory)
-    before = {key: tensor.clone() for key, tensor in version.adapters["assistant"].tensors.items()}
-    weights = directory / WEIGHTS
-    weights.chmod(0o600)
+def _cut(weights: Path) -> None:
     with weights.open("r+b") as file:
         file.truncate(0)
-    for key, tensor in version.adapters["assistant"].tensors.items():
-        assert torch.equal(tensor, before[key])
+
+
+def _flip(weights: Path) -> None:
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+
+
+@pytest.mark.parametrize("change", [_cut, _flip, Path.unlink])
+def test_an_adapter_that_changed_since_it_was_verified_is_refused(
+    make_profile: Maker, change: Callable[[Path], None]
+) -> None:
+    directory, _ = make_profile()
+    version = read_profile(directory)
+    before = version.adapters["assistant"]
+    weights = directory / WEIGHTS
+    weights.chmod(0o600)
+    change(weights)
+    with pytest.raises(ProfileCorrupt, match=r"acme.*adapter/adapter_model.safetensors has changed"):
+        version.adapters["assistant"]
+    assert before.num_parameters > 0, "what is in use does not look at the file again"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fake_engine import registry
 
+from uld_serve.config import EngineSettings
 from uld_serve.errors import InvalidRequest, ProfileError
 from uld_serve.server import command
 from uld_serve.server.keys import KeyRing, sha256_of
@@ -21,6 +22,8 @@ host = "0.0.0.0"
 port = 9000
 profiles = ["/srv/profiles"]
 max_model_len = 2048
+max_num_seqs = 7
+adapter_bytes = 5000
 
 [limits]
 body_bytes = 65536
@@ -55,7 +58,8 @@ def config(tmp_path: Path) -> Path:
 
 def test_file_is_read(config: Path) -> None:
     settings = read_settings(config)
-    assert (settings.host, settings.port, settings.max_model_len) == ("0.0.0.0", 9000, 2048)
+    assert (settings.host, settings.port) == ("0.0.0.0", 9000)
+    assert settings.engine == EngineSettings(max_model_len=2048, max_num_seqs=7, adapter_bytes=5000)
     assert settings.limits.body_bytes == 65536
     tenant, operator = (key.policy for key in settings.keys)
     assert tenant.mandatory == {"secret"}

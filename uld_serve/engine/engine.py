@@ -48,6 +48,7 @@ class Engine:
         decoder = Decoder.of(base)
         decoder.self_check()
         config = _resolve(settings or EngineSettings(), decoder)
+        decoder.bank.budget_bytes = config.adapter_bytes
         tokenizer = Tokenizer(base.tokenizer, vocab_size=base.vocab_size, eos_ids=base.eos_ids)
         return cls(
             config=config,

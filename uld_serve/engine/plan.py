@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from uld_serve.engine.request import ReceiptEntry
 from uld_serve.errors import InvalidRequest, ProfileError
-from uld_serve.model.lora import AdapterBank
+from uld_serve.model.adapter_bank import AdapterBank
 from uld_serve.profiles.profile import FilterMode, ProfileVersion, RuleKind
 
 __all__ = ["Applied", "Compose", "Decision", "Plan", "Planner", "ProfileVersion", "StreamPlan", "TermPlan"]
@@ -144,8 +145,7 @@ class Planner:
         index = {}
         for stream in version.profile.streams:
             key = f"{version.digest}/{stream.name}"
-            adapter = version.adapters[stream.name]
-            slot = self.bank.acquire(key, adapter.tensors, scaling=adapter.scaling)
+            slot = self.bank.acquire(key, partial(version.adapters.__getitem__, stream.name))
             index[stream.name] = len(streams)
             streams.append(StreamPlan(stream.fork, stream.exit, key, slot))
         strength = rule.strength * applied.scale

@@ -16,11 +16,11 @@ from torch import nn
 
 from uld_serve.errors import ModelUnsupported
 from uld_serve.model import attention
+from uld_serve.model.adapter_bank import AdapterBank
 from uld_serve.model.borrowed import decoder_parts
 from uld_serve.model.head import Head
 from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.loading import Base
-from uld_serve.model.lora import AdapterBank
 from uld_serve.model.packed_linear import can_pack, pack_linears
 from uld_serve.model.row_batch import Contexts, RowBatch, SequenceRows
 
@@ -142,14 +142,8 @@ class Decoder:
         return {kind: self.rotary(hidden_ND[None], positions_T[None], kind) for kind in set(self.layer_types)}
 
     def _seat_adapters(self, batch: RowBatch, active: tuple[int, ...]) -> None:
-        rows = self.bank.rows
-        rows.clear()
-        if not active:
-            return
         slots = [batch.assistants[i].slot for i in active]
-        rows.start = batch.num_target_rows
-        rows.only_slot = slots[0] if len(set(slots)) == 1 else None
-        rows.slots_N = torch.tensor(slots, device=batch.positions_T.device)
+        self.bank.rows.seat(batch.num_target_rows, slots, batch.positions_T.device)
 
     @torch.inference_mode()
     def self_check(self) -> None:

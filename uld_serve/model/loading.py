@@ -7,8 +7,10 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +20,7 @@ from platformdirs import user_cache_path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from uld_serve.errors import ModelUnsupported
 
@@ -65,13 +68,14 @@ def load_base(ref: str | None = None, *, dtype: DType = "auto", device: str = "a
     torch_dtype = _resolve_dtype(dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch_dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-        )
+        with _bars_on_a_terminal_only():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch_dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelUnsupported(f"model {ref!r} cannot be loaded: {_first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -91,6 +95,18 @@ def load_base(ref: str | None = None, *, dtype: DType = "auto", device: str = "a
         dtype=torch_dtype,
         device=where,
     )
+
+
+@contextmanager
+def _bars_on_a_terminal_only() -> Iterator[None]:
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

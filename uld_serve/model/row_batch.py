@@ -54,12 +54,14 @@ class RowBatch:
         return int(self.token_ids_T.shape[0])
 
     def spans(self, num_layers: int) -> list[tuple[int, int, tuple[int, ...]]]:
-        """Runs of layers with the same assistants: (first layer, end layer, indices of active assistants)."""
+        """Runs of layers with the same assistants: (first layer, end layer, indices of active assistants, those
+        with one adapter side by side)."""
         forks = {row.fork for row in self.assistants}
         exits = {row.exit for row in self.assistants}
         bounds = sorted({0, num_layers} | forks | exits)
+        by_slot = sorted(range(len(self.assistants)), key=lambda index: self.assistants[index].slot)
         return [
-            (low, high, tuple(i for i, row in enumerate(self.assistants) if row.fork <= low < row.exit))
+            (low, high, tuple(i for i in by_slot if self.assistants[i].fork <= low < self.assistants[i].exit))
             for low, high in pairwise(bounds)
         ]
 

@@ -219,7 +219,7 @@ class Profile(BaseModel):
 class ProfileVersion:
     """A profile as verified from its files; immutable, and the same for ever under its digest.
 
-    `adapters` is by stream name, with "target" for the target's own adapter.
+    `adapters` is by stream name, with "target" for the target's own adapter. Looking one up may read it from disk.
     """
 
     profile: Profile

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from uld_serve.errors import ProfileCorrupt, ProfileError
-from uld_serve.profiles.adapter import KEY_VALUE_MODULES, AdapterConfig, LoraAdapter, parse_tensors
+from uld_serve.profiles.adapter import KEY_VALUE_MODULES, AdapterConfig, parse_tensors
 from uld_serve.profiles.folder import read_files
 from uld_serve.profiles.probes import Probes
 from uld_serve.profiles.profile import TARGET, Profile, ProfileVersion, StreamSpec
+from uld_serve.profiles.shelf import AdapterShelf, Shelved
 from uld_serve.profiles.strict_json import parse_model, parse_object
 
 SUMS = "SHA256SUMS"
@@ -47,7 +48,8 @@ Parsed = TypeVar("Parsed")
 def read_profile(directory: Path) -> ProfileVersion:
     """Verify the directory and return its immutable version.
 
-    The bytes are read once: what is hashed is what is parsed, whatever happens to the files meanwhile.
+    The bytes are read once: what is hashed is what is parsed, whatever happens to the files meanwhile. Adapters are
+    parsed and let go; the version reads them again, and checks them again, when one is asked for.
     Raises ProfileCorrupt naming the file; never another exception, whatever the directory holds.
     """
     files = _read_verified(directory)
@@ -59,11 +61,12 @@ def read_profile(directory: Path) -> ProfileVersion:
         raise _corrupt(directory, path, "is missing" if path in expected else "does not belong here")
     _parse(directory, files, "training.json", parse_object)
     probes = _parse(directory, files, "probes.json", lambda data: _parse_probes(data, profile))
-    adapters = {
-        owner: _read_adapter(directory, files, adapter, stream)
+    shelved = {
+        owner: _shelve(directory, files, adapter, stream)
         for owner, adapter, stream in _adapter_owners(profile)
     }
     digest = _digest(_sums(files))
+    adapters = AdapterShelf(profile.name, shelved)
     return ProfileVersion(profile=profile, digest=digest, adapters=adapters, probes=probes)
 
 
@@ -122,14 +125,14 @@ def _publish(directory: Path, files: Mapping[str, bytes]) -> ProfileVersion:
         for folder in {(temporary / path).parent for path in files} | {temporary}:
             folder.chmod(0o755)
             _sync_folder(folder)
-        version = read_profile(temporary)
+        read_profile(temporary)
         temporary.rename(directory)
         _sync_folder(directory.parent)
     except OSError as error:
         raise ProfileError(f"cannot write {directory}: {error.strerror}; nothing was left behind") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return version
+    return read_profile(directory)
 
 
 def _write_file(path: Path, data: bytes) -> None:
@@ -208,14 +211,14 @@ def _adapter_owners(profile: Profile) -> list[tuple[str, str, StreamSpec]]:
     return owners
 
 
-def _read_adapter(
-    directory: Path, files: Mapping[str, bytes], adapter: str, stream: StreamSpec
-) -> LoraAdapter:
+def _shelve(directory: Path, files: Mapping[str, bytes], adapter: str, stream: StreamSpec) -> Shelved:
+    """Parse an adapter once, to know that it can be, and note where it lies."""
     config = _parse(directory, files, f"{adapter}/{CONFIG}", lambda data: _parse_config(data, stream))
     layers = config.layers(fork=stream.fork, exit=stream.exit)
-    return _parse(
-        directory, files, f"{adapter}/{WEIGHTS}", lambda data: parse_tensors(data, config, layers=layers)
-    )
+    weights = f"{adapter}/{WEIGHTS}"
+    _parse(directory, files, weights, lambda data: parse_tensors(data, config, layers=layers))
+    data = files[weights]
+    return Shelved(directory / weights, len(data), hashlib.sha256(data).hexdigest(), config, layers)
 
 
 def _parse_config(data: bytes, stream: StreamSpec) -> AdapterConfig:

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from uld_serve.assembly import Assembly, assemble
-from uld_serve.config import EngineSettings
 from uld_serve.engine.async_engine import AsyncEngine
 from uld_serve.errors import InvalidRequest
 from uld_serve.server import audit
@@ -30,7 +29,19 @@ from uld_serve.server.settings import ServerSettings, check_profiles_exist, chec
 
 KEY_VARIABLE = "ULD_SERVE_API_KEY"
 MIN_KEY_CHARS = 16
-OVERRIDES = ("model", "profiles", "host", "port", "dtype", "device", "max_model_len", "audit_log")
+ENGINE_SIZES = {
+    "max_model_len": ("TOKENS", "longest prompt and answer together"),
+    "max_num_seqs": ("N", "most requests that run at once"),
+    "kv_cache_bytes": (
+        "BYTES",
+        "keys and values of all requests (CPU: 1 GiB; GPU: eight tenths of what is free)",
+    ),
+    "adapter_bytes": (
+        "BYTES",
+        "adapters kept in memory; others are read when asked for (CPU: 2 GiB; GPU: a tenth)",
+    ),
+}
+OVERRIDES = ("model", "profiles", "host", "port", "dtype", "device", *ENGINE_SIZES, "audit_log")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,9 +60,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--max-model-len", type=int, metavar="TOKENS", help="longest prompt and answer together"
-    )
+    for name, (unit, what) in ENGINE_SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar=unit, help=what)
     parser.add_argument(
         "--config", type=Path, metavar="server.toml", help="settings and keys; options above win"
     )
@@ -115,7 +125,7 @@ def _assemble(settings: ServerSettings) -> Assembly:
         profiles=settings.profiles,
         dtype=settings.dtype,
         device=settings.device,
-        settings=EngineSettings(max_model_len=settings.max_model_len),
+        settings=settings.engine,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from uld_serve.config import EngineSettings
 from uld_serve.errors import InvalidRequest, ProfileError
 from uld_serve.server.policy import KeyPolicy, Profiles
 
@@ -68,7 +69,8 @@ class KeySettings(BaseModel):
 
 
 class ServerSettings(BaseModel):
-    """All of server.toml. `model` None is the embedded default, `profiles` None the built-in ones."""
+    """All of server.toml. `model` None is the embedded default, `profiles` None the built-in ones; an engine
+    setting that is None is chosen for the base and the device (config.EngineSettings)."""
 
     model_config = _FROZEN
 
@@ -79,9 +81,17 @@ class ServerSettings(BaseModel):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "auto"
     max_model_len: Annotated[int | None, Field(ge=1)] = None
+    max_num_seqs: Annotated[int | None, Field(ge=1)] = None
+    kv_cache_bytes: Annotated[int | None, Field(ge=1)] = None
+    adapter_bytes: Annotated[int | None, Field(ge=1)] = None
     audit_log: Path | None = None
     limits: Limits = Limits()
     keys: list[KeySettings] = []
+
+    @property
+    def engine(self) -> EngineSettings:
+        names = ("max_model_len", "max_num_seqs", "kv_cache_bytes", "adapter_bytes")
+        return EngineSettings(**{name: value for name in names if (value := getattr(self, name)) is not None})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
