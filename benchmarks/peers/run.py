@@ -54,7 +54,7 @@ def vllm_python(folder: Path) -> Path:
     python = folder / "bin" / "python"
     is_ready = folder / ".ready"
     if not is_ready.exists():
-        venv.create(folder, with_pip=True, clear=True)
+        venv.create(folder, with_pip=True)
         # torchvision comes with it, built for another torch; importing it fails, and text models do not need it.
         for command in (["install", VLLM], ["uninstall", "-y", "torchvision"]):
             done = subprocess.run(
