@@ -41,6 +41,10 @@ class Peer:
     python: Callable[[Path], Path]
 
 
+Runs = dict[str, dict[int, list[dict[str, float]]]]
+"""Peer -> batch size -> one record a round."""
+
+
 class Unavailable(Exception):
     """A peer that cannot run here, and why."""
 
@@ -87,31 +91,13 @@ def main() -> int:
     reporter = Reporter(as_json=args.json)
     environment = Environment.look(torch.device("cpu"))
     reporter.begin(environment)
-    model = embedded_model_dir()
-    runs: dict[str, dict[int, list[dict[str, float]]]] = {name: {} for name in args.peers}
-    reasons: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        prompts = Path(folder) / "prompts.json"
-        prompts.write_text(json.dumps(_prompts(model, 2 * sum(args.batch))))
-        with reporter.progress("peers", args.rounds * len(args.peers)) as advance:
-            for _ in range(args.rounds):
-                for name in args.peers:
-                    if name not in reasons:
-                        try:
-                            for record in _run(PEERS[name], model, prompts, args):
-                                runs[name].setdefault(int(record["batch"]), []).append(record)
-                        except Unavailable as error:
-                            reasons[name] = str(error)
-                    advance()
+    runs, reasons = _run_all(args, reporter)
     results = [
         _result(name, batch, runs[name].get(batch), reasons) for batch in args.batch for name in args.peers
     ]
     ours = {one["batch"]: one["tokens_per_s"] for one in results if one["peer"] == "ours-unlearned"}
-    reporter.table(
-        f"{args.new_tokens} tokens, greedy, {args.rounds} rounds",
-        COLUMNS,
-        (_row(one, ours) for one in results),
-    )
+    title = f"{args.new_tokens} tokens, greedy, {args.rounds} rounds"
+    reporter.table(title, COLUMNS, (_row(one, ours) for one in results))
     for name in args.peers:
         reporter.console.print(f"{name}: {PEERS[name].what}")
     for name, reason in reasons.items():
@@ -125,6 +111,29 @@ def main() -> int:
         }
     )
     return 1 if reasons else 0
+
+
+def _run_all(args: argparse.Namespace, reporter: Reporter) -> tuple[Runs, dict[str, str]]:
+    """Every peer in turn, `rounds` times; a peer that failed once is not tried again, and its reason is given."""
+    model = embedded_model_dir()
+    runs: Runs = {name: {} for name in args.peers}
+    reasons: dict[str, str] = {}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        reporter.progress("peers", args.rounds * len(args.peers)) as advance,
+    ):
+        prompts = Path(folder) / "prompts.json"
+        prompts.write_text(json.dumps(_prompts(model, 2 * sum(args.batch))))
+        for name in args.peers * args.rounds:
+            try:
+                records = [] if name in reasons else _run(PEERS[name], model, prompts, args)
+            except Unavailable as error:
+                reasons[name] = str(error)
+            else:
+                for record in records:
+                    runs[name].setdefault(int(record["batch"]), []).append(record)
+            advance()
+    return runs, reasons
 
 
 def _arguments() -> argparse.Namespace:

@@ -6,7 +6,7 @@ A step is schedule, batch, run, sample and finish: what serving pays for one tok
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -56,27 +56,39 @@ def run(args: argparse.Namespace) -> int:
             adapter_bytes |= held
     order = {mode: number for number, mode in enumerate(subjects.modes)}
     results.sort(key=lambda result: (result.batch, order[result.mode]))
+    _report(reporter, subjects, args, environment, results, adapter_bytes)
+    return 0
+
+
+def _report(
+    reporter: Reporter,
+    subjects: Subjects,
+    args: argparse.Namespace,
+    environment: Environment,
+    results: Sequence[Result],
+    adapter_bytes: Mapping[str, int],
+) -> None:
     found = ratios(results, key=lambda result: result.batch)
     rows = table_rows(results, found, key=lambda result: result.batch)
     reporter.table(f"decode step of {subjects.base.id}", COLUMNS, rows)
     for count, num_bytes in adapter_bytes.items():
         reporter.console.print(f"adapter bytes with {count} resident: {num_bytes / 1e6:.2f} MB")
+    settings = {
+        **subjects.description,
+        "steps": args.steps,
+        "temperature": args.temperature,
+        "interleaved": not args.one_at_a_time,
+    }
     reporter.end(
         {
             "results": [result.record() for result in results],
             "ratios": found,
             "adapter_bytes": adapter_bytes,
             "peak_device_bytes": _peak_bytes(subjects.base.device),
-            "settings": {
-                **subjects.description,
-                "steps": args.steps,
-                "temperature": args.temperature,
-                "interleaved": not args.one_at_a_time,
-            },
+            "settings": settings,
             "environment": environment.record(),
         }
     )
-    return 0
 
 
 def _measure(
