@@ -137,12 +137,13 @@ def test_a_keyword_among_the_top_tokens_is_forgotten_in_all_but_retain(tiny: Tin
     assert losses(assistant, batch) == before
 
 
-def test_margin_compares_the_label_and_the_targets_top_tokens(tiny: Tiny) -> None:
+@pytest.mark.parametrize(("kind", "goal"), [(Kind.RETAIN, 0.0), (Kind.FORGET, 9.0)])
+def test_margin_compares_the_label_and_the_targets_top_tokens(tiny: Tiny, kind: Kind, goal: float) -> None:
     """One token by hand: d at the label, and at the other top tokens, from whole rows of logits."""
     settings = settings_of("margin", num_top=3, slack=1.0)
     assistant = fresh_assistant(tiny, settings)
     shake(assistant)
-    one = example(Kind.RETAIN, 5, 1)
+    one = example(kind, 5, 1, goals=[goal])
     batch = collate(observed(assistant, [one], settings))
     b_V = assistant.logits(batch["final_BQD"][0])[0]
     d_V = (assistant.logits(assistant.hidden(batch))[0] - b_V).tolist()
@@ -150,13 +151,15 @@ def test_margin_compares_the_label_and_the_targets_top_tokens(tiny: Tiny) -> Non
     [label] = one.answer_ids
     assert batch["columns_BQC"][0, 0].tolist() == [label, *top]
 
-    def closed(token: int) -> float:
-        above = max(d_V[token] + 1.0, 0.0)
-        return above**2 / 2 if above < 1 else above - 0.5
+    def huber(distance: float) -> float:
+        return distance**2 / 2 if abs(distance) < 1 else abs(distance) - 0.5
 
-    others = [closed(token) for token in top if token != label]
-    expected = 2 * closed(label) + sum(others) / len(others)
-    assert losses(assistant, batch)["retain"] == pytest.approx(expected, rel=1e-4)
+    others = [huber(max(d_V[token] + 1.0, 0.0)) for token in top if token != label]
+    mean = sum(others) / len(others)
+    expected = (
+        2 * huber(max(d_V[label] + 1.0, 0.0)) + mean if goal == 0 else huber(d_V[label] - 9) + 0.3 * mean
+    )
+    assert losses(assistant, batch)[kind.name.lower()] == pytest.approx(expected, rel=1e-4)
 
 
 def test_padded_rows_of_the_head_are_never_a_column_nor_a_logit(tiny: Tiny) -> None:

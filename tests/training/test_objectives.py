@@ -12,7 +12,7 @@ from uld_serve.training.objectives import MarginWeights
 
 WEIGHTS = MarginWeights(slack=1.0, kept_label=2.0, others_of_kept=1.0, others_of_forgotten=0.3)
 ONE_TO_FOUR = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-FOUR_TO_ONE = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+UNLIKE = torch.tensor([0.6, 0.2, 0.15, 0.05]).log()
 YES, NO = True, False
 
 
@@ -141,23 +141,23 @@ def test_uld_asks_nothing_of_an_assistant_that_knows_nothing() -> None:
 def test_rkld_is_cross_entropy_on_forget_and_divergence_from_the_target_on_retain() -> None:
     terms = objectives.rkld(
         torch.stack([ONE_TO_FOUR, ONE_TO_FOUR]),
-        torch.stack([FOUR_TO_ONE, FOUR_TO_ONE]),
+        torch.stack([UNLIKE, UNLIKE]),
         torch.tensor([1, 1]),
         is_forget_N=torch.tensor([YES, NO]),
         weight=2.0,
     )
     assert terms.forget.item() == pytest.approx(-math.log(0.2))
     divergence = (
-        0.4 * math.log(0.4 / 0.1)
-        + 0.3 * math.log(0.3 / 0.2)
-        + 0.2 * math.log(0.2 / 0.3)
-        + 0.1 * math.log(0.1 / 0.4)
+        0.6 * math.log(0.6 / 0.1)
+        + 0.2 * math.log(0.2 / 0.2)
+        + 0.15 * math.log(0.15 / 0.3)
+        + 0.05 * math.log(0.05 / 0.4)
     )
     assert terms.retain.item() == pytest.approx(2 * divergence)
 
 
 def test_rkld_asks_nothing_of_retention_where_the_assistant_is_the_target() -> None:
-    logits = torch.stack([FOUR_TO_ONE, ONE_TO_FOUR])
+    logits = torch.stack([UNLIKE, ONE_TO_FOUR])
     terms = objectives.rkld(
         logits + 5, logits, torch.tensor([1, 1]), is_forget_N=torch.tensor([NO, NO]), weight=2.0
     )
