@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import DynamicCache
 from uld_kernels import reference
 
 from uld_serve.model.borrowed import assistant_pass, causal_mask, target_pass
+from uld_serve.model.loading import Base
 from uld_serve.profiles.profile import RuleSpec
 from uld_serve.training.assistant import Assistant
-from uld_serve.training.states import IGNORED, Observed, collate
+from uld_serve.training.states import IGNORED, Batch, Observed, collate
 
 BATCH_SIZE = 16
 
@@ -43,6 +45,13 @@ class Likelihood:
     def rounded(self) -> dict[str, float | int | None]:
         values = {name: getattr(self, name) for name in self.__slots__}
         return {name: round(v, 4) if v != float("inf") else None for name, v in values.items()}
+
+
+def protected_ids(base: Base) -> torch.Tensor:
+    """The tokens that the engine protects: those that end a text and the tokenizer's special ones."""
+    special = {number for number, token in base.tokenizer.added_tokens_decoder.items() if token.special}
+    ids = sorted({*base.eos_ids, *special, *base.tokenizer.all_special_ids})
+    return torch.tensor(ids, dtype=torch.long, device=base.device)
 
 
 def combine(
@@ -72,7 +81,7 @@ def likelihood(
     served: list[torch.Tensor] = []
     same: list[torch.Tensor] = []
     for start in range(0, len(observed), BATCH_SIZE):
-        batch = collate(observed[start : start + BATCH_SIZE])
+        batch = _to(assistant.model.device, collate(observed[start : start + BATCH_SIZE]))
         is_token_BQ = batch["labels_BQ"] != IGNORED
         labels_N1 = batch["labels_BQ"][is_token_BQ][:, None]
         b_NV = assistant.logits(batch["final_BQD"][is_token_BQ])
@@ -93,6 +102,10 @@ def likelihood(
     )
 
 
+def _to(device: torch.device, batch: Batch) -> Batch:
+    return cast(Batch, {name: cast(torch.Tensor, value).to(device) for name, value in batch.items()})
+
+
 @torch.inference_mode()
 def generate(
     assistant: Assistant,
@@ -107,10 +120,12 @@ def generate(
 ) -> list[list[int]]:
     """One answer to each prompt under the rule, with its end token where it ended."""
     answers: list[list[int]] = []
-    generator = torch.Generator().manual_seed(seed)
+    device = assistant.model.device
+    generator = torch.Generator(device).manual_seed(seed)
+    end_ids_E = torch.tensor(end_ids, device=device)
     for start in range(0, len(prompts), BATCH_SIZE):
         decoding = _Decoding(assistant, prompts[start : start + BATCH_SIZE], pad=end_ids[0])
-        unfinished = torch.ones(len(decoding.answers), dtype=torch.bool)
+        unfinished = torch.ones(len(decoding.answers), dtype=torch.bool, device=device)
         for _ in range(max_tokens):
             b_BV, a_BV = decoding.logits()
             scores = combine(b_BV, a_BV, rule, protected_ids=protected_ids, fused_filter=True)
@@ -119,7 +134,7 @@ def generate(
             else:
                 token_B = scores.argmax(-1)
             decoding.append(token_B, unfinished)
-            unfinished &= ~torch.isin(token_B, torch.tensor(end_ids))
+            unfinished &= ~torch.isin(token_B, end_ids_E)
             if not unfinished.any():
                 break
         answers += decoding.answers
@@ -132,9 +147,12 @@ class _Decoding:
     def __init__(self, assistant: Assistant, prompts: Sequence[Sequence[int]], *, pad: int) -> None:
         self._assistant = assistant
         width = max(len(prompt) for prompt in prompts)
-        self._ids_BQ = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        device = assistant.model.device
+        self._ids_BQ = torch.tensor(
+            [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
+        )
         self._is_real_BT = torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
         )
         self._positions_BQ = (self._is_real_BT.cumsum(-1) - 1).clamp_min(0)
         self._cache = DynamicCache(config=assistant.model.config)

@@ -122,8 +122,8 @@ def _read(sources: Sources) -> dict[str, Reading]:
         "retain": read_documents(sources.retain, kind="retain"),
     }
     if sources.probe_forget and sources.probe_retain:
-        readings["held-out forget"] = read_documents(sources.probe_forget, kind="probes")
-        readings["held-out retain"] = read_documents(sources.probe_retain, kind="probes")
+        readings["held-out forget"] = read_documents(sources.probe_forget, kind="probe-forget")
+        readings["held-out retain"] = read_documents(sources.probe_retain, kind="probe-retain")
     return readings
 
 

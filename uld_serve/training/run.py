@@ -4,6 +4,7 @@ Knows no command line; what passes to serving is the directory alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -13,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
+from pydantic import ValidationError
 
 from uld_serve import __version__
 from uld_serve.errors import DataError
@@ -63,8 +64,9 @@ def train(
     if settings.exit > base.num_layers:
         raise DataError(f"--exit {settings.exit} is beyond the base's {base.num_layers} layers")
     profile = _profile(base, settings, name)
-    work = _open_work(out, settings, sources, resume=resume)
+    work = _open_work(out, base, settings, sources, resume=resume)
     prepared = prepare(base, sources, settings, book=AnswerBook(work / "answers.json"), stage=stage)
+    probes = _probes(prepared, sources.keywords)  # now, not after training: they may be refused
     assistant = Assistant(base.model, settings=settings, vocab_size=base.vocab_size)
     assistant.set_named(prepared.named_ids)
     pools = {kind: _observe(assistant, pool, settings, stage) for kind, pool in prepared.pools.items()}
@@ -72,7 +74,10 @@ def train(
     for parameter in assistant.trained().values():
         parameter.data = parameter.data.to(base.dtype)  # as stored and served, so that it is what is measured
     record = _record(settings, prepared, log)
-    probes, record["measured"] = _measure(base, assistant, prepared, profile.rule, sources.keywords, stage)
+    record["measured"] = _measure(base, assistant, prepared, profile.rule, stage)
+    advance = stage("recording replay probes", 1)
+    probes = probes.model_copy(update={"replay": _replay(base, assistant, prepared, profile.rule)})
+    advance(1)
     record["seconds"] = round(time.monotonic() - started, 1)
     with TemporaryDirectory() as folder:
         assistant.peft.save_pretrained(folder)
@@ -85,28 +90,39 @@ def train(
 
 def _profile(base: Base, settings: Settings, name: str) -> Profile:
     kind = "subtract" if settings.method == "uld" else "relu_difference"
-    return Profile(
-        name=name,
-        method=settings.method,
-        base=BaseSpec(
-            id=base.id,
-            fingerprint=base.fingerprint,
-            tokenizer=base.tokenizer_hash,
-            vocab_size=base.vocab_size,
-            num_layers=base.num_layers,
-        ),
-        streams=(
-            StreamSpec(
-                name="assistant", fork=settings.fork, exit=settings.exit, kv="borrowed", adapter=ADAPTER
-            ),
-        ),
-        rule=RuleSpec.model_validate({"kind": kind, "strength": settings.strength}),
+    spec = BaseSpec(
+        id=base.id,
+        fingerprint=base.fingerprint,
+        tokenizer=base.tokenizer_hash,
+        vocab_size=base.vocab_size,
+        num_layers=base.num_layers,
     )
+    stream = StreamSpec(
+        name="assistant", fork=settings.fork, exit=settings.exit, kv="borrowed", adapter=ADAPTER
+    )
+    try:
+        rule = RuleSpec.model_validate({"kind": kind, "strength": settings.strength})
+        return Profile(name=name, method=settings.method, base=spec, streams=(stream,), rule=rule)
+    except ValidationError as error:
+        raise DataError(f"this would not be a valid profile: {_first(error)}") from error
 
 
-def _open_work(out: Path, settings: Settings, sources: Sources, *, resume: bool) -> Path:
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]
+
+
+def _open_work(out: Path, base: Base, settings: Settings, sources: Sources, *, resume: bool) -> Path:
     work = out.parent / f".{out.name}.training"
-    told = json.dumps({"settings": asdict(settings), "sources": asdict(sources)}, default=str, sort_keys=True)
+    paths = (sources.forget, sources.retain, sources.probe_forget, sources.probe_retain)
+    facts = {
+        "base": [base.fingerprint, str(base.dtype)],
+        "settings": asdict(settings),
+        "sources": asdict(sources),
+        "contents": [_content_digest(path) for path in paths if path],
+    }
+    told = json.dumps(facts, default=str, sort_keys=True)
     marker = work / "run.json"
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
@@ -114,11 +130,20 @@ def _open_work(out: Path, settings: Settings, sources: Sources, *, resume: bool)
         raise DataError(f"there is nothing to resume: {work} does not exist; start without --resume")
     elif marker.read_text() != told:
         raise DataError(
-            f"the run in {work} had other options or files; repeat them, or start without --resume"
+            f"the run in {work} had another base, other options or other files; repeat them, or start without "
+            "--resume"
         )
     work.mkdir(parents=True, exist_ok=True)
     marker.write_text(told)
     return work
+
+
+def _content_digest(path: Path) -> str:
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()
 
 
 def _observe(
@@ -154,12 +179,11 @@ def _measure(
     assistant: Assistant,
     prepared: Prepared,
     rule: RuleSpec,
-    keywords: tuple[str, ...],
     stage: Stage,
-) -> tuple[Probes, dict[str, object]]:
-    """Probes with the base's answers and replays, and what the rule does to the held-out answers."""
+) -> dict[str, object]:
+    """What the rule does to the held-out answers."""
     groups = {"forget": prepared.probe_forget, "retain": prepared.probe_retain}
-    protected_ids = torch.tensor(base.eos_ids)
+    protected_ids = measure.protected_ids(base)
     measured: dict[str, object] = {}
     for name, group in groups.items():
         if group:
@@ -168,16 +192,19 @@ def _measure(
             found = measure.likelihood(assistant, seen, rule, protected_ids=protected_ids)
             measured[name] = found.rounded()
             advance(1)
-    advance = stage("recording replay probes", 1)
-    replay = _replay(base, assistant, prepared, rule)
-    advance(1)
-    probes = Probes(
-        keywords=keywords,
-        forget=tuple(_probe(one) for one in prepared.probe_forget),
-        retain=tuple(_probe(one) for one in prepared.probe_retain),
-        replay=replay,
-    )
-    return probes, measured
+    return measured
+
+
+def _probes(prepared: Prepared, keywords: tuple[str, ...]) -> Probes:
+    """The held-out prompts with the base's answers; replays come after training. Raises DataError."""
+    try:
+        return Probes(
+            keywords=keywords,
+            forget=tuple(_probe(one) for one in prepared.probe_forget),
+            retain=tuple(_probe(one) for one in prepared.probe_retain),
+        )
+    except ValidationError as error:
+        raise DataError(f"the held-out prompts cannot be put into a profile: {_first(error)}") from error
 
 
 def _seen(assistant: Assistant, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Observed]:
@@ -197,6 +224,8 @@ def _seen(assistant: Assistant, pairs: Sequence[tuple[Sequence[int], Sequence[in
 
 
 def _probe(one: Answered) -> Probe:
+    if not one.document.messages:
+        raise DataError(f"{one.document.where}: a held-out prompt must be a question or messages")
     messages = tuple(Message.model_validate(message.as_dict()) for message in one.document.messages)
     return Probe(messages=messages, answer_ids=tuple(one.answer_ids), form=one.document.form)
 
@@ -206,7 +235,7 @@ def _replay(base: Base, assistant: Assistant, prepared: Prepared, rule: RuleSpec
     would not have given them."""
     forget, retain = prepared.pools[Kind.FORGET], prepared.pools[Kind.RETAIN]
     prompts = [list(one.prompt_ids) for one in forget[:NUM_REPLAY] + retain[:NUM_REPLAY]]
-    protected_ids = torch.tensor(base.eos_ids)
+    protected_ids = measure.protected_ids(base)
     probes = []
     for prompt in prompts:
         (answer,) = measure.generate(

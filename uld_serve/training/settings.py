@@ -3,6 +3,7 @@ Made by command; read by run, assistant and trainer. Knows no tensor."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -45,8 +46,11 @@ class Settings:
     def __post_init__(self) -> None:
         positive = ("steps", "lr", "rank", "strength", "grad_accum", "forget_batch", "retain_batch")
         for name in (*positive, "max_answer_tokens", "save_steps"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise DataError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        for name in ("retain_weight", "goal", "common_goal", "slack", "detour_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise DataError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
         if not 0 <= self.fork < self.exit:
             raise DataError(
                 f"the assistant must enter before it leaves: --fork {self.fork} --exit {self.exit}"

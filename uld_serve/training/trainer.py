@@ -155,7 +155,7 @@ def fit(
         if not pools.get(kind):
             raise DataError(f"there is no usable {kind.name.lower()} example; see the reading report")
     lessons = Lessons(pools, settings)
-    trainer = AssistantTrainer(assistant, _arguments(settings, lessons, folder), lessons)
+    trainer = AssistantTrainer(assistant, _arguments(settings, lessons, assistant, folder), lessons)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(OnStep(report))
     checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
@@ -165,7 +165,7 @@ def fit(
     return [dict(entry) for entry in trainer.state.log_history]
 
 
-def _arguments(settings: Settings, lessons: Lessons, folder: Path) -> TrainingArguments:
+def _arguments(settings: Settings, lessons: Lessons, assistant: Assistant, folder: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=lessons.batch_size,
@@ -187,7 +187,7 @@ def _arguments(settings: Settings, lessons: Lessons, folder: Path) -> TrainingAr
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=assistant.model.device.type == "cpu",
     )
 
 
