@@ -91,8 +91,9 @@ def test_requests_without_a_profile_add_no_assistant_rows(tiny: Tiny, make_engin
     engine = make_engine()
     seen = []
     forward = engine.runner.decoder.forward
-    engine.runner = type("Spy", (), {"run": lambda _, rows: seen.append(rows) or forward(rows, cache)})()
-    cache = make_engine().runner.cache
+    cache = engine.runner.cache
+    run_and_note = lambda _, rows: seen.append(rows) or forward(rows, cache)  # noqa: E731
+    engine.runner = type("Spy", (), {"run": run_and_note, "cache": cache})()
     engine.add("base", PROMPT, greedy(3), Decision.base())
     run(engine)
     assert [len(rows.assistants) for rows in seen] == [0, 0, 0]
@@ -219,6 +220,33 @@ def test_abort_frees_everything_at_any_point(tiny: Tiny, make_engine: MakeEngine
     assert engine.planner.bank.total_users == 0
 
 
+@pytest.mark.parametrize("how", ["abort", "preempt"])
+def test_a_cache_that_became_nan_reaches_no_later_request(
+    tiny: Tiny, make_engine: MakeEngine, how: str
+) -> None:
+    engine = make_engine()
+    engine.add("alone", PROMPT, greedy(6), forgetting(tiny, "late-fork"))
+    alone = tokens(run(engine)["alone"])
+
+    engine = make_engine(max_model_len=64, kv_cache_bytes=12 * 4096)
+    engine.add("nan", [9] * 40, greedy(9), Decision.base())
+    engine.step()
+    held = engine.sequences["nan"].block_ids
+    size = engine.config.block_size
+    for pool in (*engine.runner.cache.keys_SHD, *engine.runner.cache.values_SHD):
+        for block_id in held:
+            pool[block_id * size : (block_id + 1) * size] = float("nan")
+    if how == "preempt":
+        engine.scheduler._preempt(engine.sequences["nan"])
+    engine.abort("nan")
+    for number in range(engine.config.num_blocks):  # until every block has been taken again
+        engine.add(f"r{number}", [*PROMPT[:-1], number % 200, PROMPT[-1]], greedy(2), Decision.base())
+        deltas = run(engine)[f"r{number}"]
+        assert deltas[-1].finish_reason != "error"
+    engine.add("after", PROMPT, greedy(6), forgetting(tiny, "late-fork"))
+    assert tokens(run(engine)["after"]) == alone
+
+
 class PoisonedRunner:
     """Raises, or gives NaN, whenever a row of the poisoned token is in the batch."""
 
@@ -226,6 +254,7 @@ class PoisonedRunner:
 
     def __init__(self, runner: Runner, *, how: str) -> None:
         self.runner, self.how = runner, how
+        self.cache = runner.cache
 
     def run(self, rows: object) -> torch.Tensor:
         logits = self.runner.run(rows).clone()

@@ -47,7 +47,7 @@ class _Builder:
     device: torch.device
     token_ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    slots: list[torch.Tensor] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
     sequences: list[SequenceRows] = field(default_factory=list)
     assistants: list[AssistantRow] = field(default_factory=list)
     head_rows: list[int] = field(default_factory=list)
@@ -58,9 +58,10 @@ class _Builder:
         first_row, first = len(self.token_ids), sequence.num_computed
         self.token_ids += sequence.tokens(first, count)
         self.positions += range(first, first + count)
-        context = self._slots_of(sequence, first + count)
-        self.slots.append(context[first:])
-        self.sequences.append(SequenceRows(first_row, count, context))
+        blocks, size = sequence.block_ids, self.block_size
+        self.slots += [blocks[at // size] * size + at % size for at in range(first, first + count)]
+        num_blocks = -(-(first + count) // size)
+        self.sequences.append(SequenceRows(first_row, count, blocks[:num_blocks]))
         for position in sequence.scored_positions(count):
             self._want(sequence, position, first_row + position - first, sequence.prompt_ids[position + 1])
         if sequence.draws_after(count):
@@ -70,7 +71,7 @@ class _Builder:
         rows = RowBatch(
             token_ids_T=torch.tensor(self.token_ids, device=self.device),
             positions_T=torch.tensor(self.positions, device=self.device),
-            slots_T=torch.cat(self.slots),
+            slots_T=torch.tensor(self.slots, device=self.device),
             sequences=tuple(self.sequences),
             assistants=tuple(self.assistants),
             head_rows=torch.tensor(self.head_rows, dtype=torch.long, device=self.device),
@@ -88,8 +89,3 @@ class _Builder:
         self.head_rows.append(row)
         for stream in sequence.plan.streams:
             self.assistants.append(AssistantRow(row, stream.fork, stream.exit, stream.slot))
-
-    def _slots_of(self, sequence: Sequence, length: int) -> torch.Tensor:
-        blocks = torch.tensor(sequence.block_ids, device=self.device)
-        offsets = torch.arange(self.block_size, device=self.device)
-        return (blocks[:, None] * self.block_size + offsets).flatten()[:length]

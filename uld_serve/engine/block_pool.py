@@ -38,6 +38,8 @@ class BlockPool:
     _holders: dict[int, int] = field(init=False, default_factory=dict)
     _key_of: dict[int, BlockKey] = field(init=False, default_factory=dict)
     _block_of: dict[BlockKey, int] = field(init=False, default_factory=dict)
+    _suspect: set[int] = field(init=False, default_factory=set)
+    _to_clear: list[int] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self._unused = list(range(self.num_blocks))
@@ -61,7 +63,15 @@ class BlockPool:
             return None
         taken = [self._unused.pop() if self._unused else self._evict() for _ in range(count)]
         self._holders.update(dict.fromkeys(taken, 1))
+        self._to_clear += [block_id for block_id in taken if block_id in self._suspect]
+        self._suspect.difference_update(taken)
         return taken
+
+    def pop_to_clear(self) -> list[int]:
+        """Blocks taken since the last call that may hold NaN or infinity. Attention reads whole blocks and hides what
+        lies beyond a sequence's end by a weight of 0, which would not hide those."""
+        found, self._to_clear = self._to_clear, []
+        return found
 
     def take_cached(self, keys: Sequence[BlockKey]) -> list[int]:
         """The blocks of the longest known beginning of `keys`, now held by the caller too."""
@@ -83,8 +93,11 @@ class BlockPool:
             self._key_of[block_id] = key
             self._block_of[key] = block_id
 
-    def give_back(self, block_ids: Sequence[int]) -> None:
-        """Later blocks first, so that the beginning of a prefix outlives its end."""
+    def give_back(self, block_ids: Sequence[int], *, is_suspect: bool = False) -> None:
+        """Later blocks first, so that the beginning of a prefix outlives its end. `is_suspect`: nothing has shown
+        that what they hold is finite."""
+        if is_suspect:
+            self._suspect.update(block_ids)
         for block_id in reversed(block_ids):
             self._holders[block_id] -= 1  # KeyError: given back twice, our bug
             if self._holders[block_id] == 0:

@@ -144,6 +144,7 @@ class Engine:
         if not scheduled:
             return [], []
         try:
+            self.runner.cache.clear(self.scheduler.pool.pop_to_clear())
             batch = Batch.of(scheduled, block_size=self.config.block_size, device=self.sampler.device)
             return self.sampler.sample(batch.wants, self.runner.run(batch.rows)), []
         except Exception as error:  # whatever it is, it must end one request and no other
@@ -201,7 +202,7 @@ class Engine:
     ) -> Delta:
         """The one end of a request: gives everything back and makes its last delta."""
         del self.sequences[sequence.request_id]
-        self.scheduler.remove(sequence)
+        self.scheduler.remove(sequence, is_suspect=reason not in ("stop", "length"))
         self.planner.release(sequence.plan)
         return Delta(
             request_id=sequence.request_id,

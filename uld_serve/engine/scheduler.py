@@ -34,13 +34,13 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free its blocks."""
+    def remove(self, sequence: Sequence, *, is_suspect: bool = False) -> None:
+        """Take a sequence out, wherever it is, and free its blocks (BlockPool.give_back)."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
-        self._free(sequence)
+        self._free(sequence, is_suspect=is_suspect)
 
     def schedule(self) -> list[Scheduled]:
         scheduled: list[Scheduled] = []
@@ -114,7 +114,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._free(sequence)
+        self._free(sequence, is_suspect=True)
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
@@ -132,7 +132,7 @@ class Scheduler:
         token_ids = sequence.tokens(0, num_tokens)
         return list(block_keys(token_ids, block_size=self.pool.block_size, salt=sequence.cache_salt))
 
-    def _free(self, sequence: Sequence) -> None:
-        self.pool.give_back(sequence.block_ids)
+    def _free(self, sequence: Sequence, *, is_suspect: bool = False) -> None:
+        self.pool.give_back(sequence.block_ids, is_suspect=is_suspect)
         sequence.block_ids = []
         sequence.num_computed = 0

@@ -5,12 +5,13 @@ blocks of its own sequence up to its own position (borrowed KV). Keys and values
 assistant rows are dropped. Knows no request, profile or scheduler: `Geometry` says which row is where.
 
 Shapes: N rows active in the layer (target rows first), T target rows, H query heads, K key/value heads,
-D head width, S sequences of a group, Q query rows of a sequence (padded), C context slots (padded).
+D head width, S sequences of a group, Q query rows of a sequence (padded), C context slots (padded), B blocks of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 import torch.nn.functional as F
@@ -27,28 +28,38 @@ class SequenceGroup:
     """Sequences that attend in one call: all that decode together, or one that prefills.
 
     rows_SQ: row of the layer's batch each query comes from (padding repeats a row).
-    positions_SQ: the query's position. slots_SC: cache slot of each context position.
-    source_P / target_P: flat (S*Q) index and row for every real query, to write results back.
+    positions_SQ: the query's position. blocks_SB: cache blocks of each context, C = B * block_size positions.
+    moves: flat (S*Q) index and row of every real query, to write results back; None where the queries are the
+    layer's rows in order, so that nothing has to be moved.
     """
 
     rows_SQ: torch.Tensor
     positions_SQ: torch.Tensor
-    slots_SC: torch.Tensor
-    source_P: torch.Tensor
-    target_P: torch.Tensor
+    blocks_SB: torch.Tensor
+    moves: tuple[torch.Tensor, torch.Tensor] | None
     same_position: bool
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> torch.Tensor:
-        """(S, 1, Q, C) bool: context position c is visible to a query at p when p - window < c <= p."""
+    def mask(self, window: int | None, *, num_slots: int, dtype: torch.dtype) -> torch.Tensor:
+        """(S, 1, Q, C), added to scores: 0 where p - window < c <= p for a query at p, else -inf. Made once for
+        all layers, in the queries' dtype: a bool mask would be turned into this in every layer."""
         if window not in self.masks:
-            context_C = torch.arange(self.slots_SC.shape[1], device=self.slots_SC.device)
+            context_C = torch.arange(num_slots, device=self.blocks_SB.device)
             queries = self.positions_SQ[:, :1] if self.same_position else self.positions_SQ
             visible_SQC = context_C <= queries[..., None]
             if window is not None:
                 visible_SQC &= context_C > queries[..., None] - window
-            self.masks[window] = visible_SQC[:, None]
+            hidden_SQC = torch.zeros(visible_SQC.shape, dtype=dtype, device=context_C.device)
+            self.masks[window] = hidden_SQC.masked_fill_(~visible_SQC, -inf)[:, None]
         return self.masks[window]
+
+    def queries(self, query_NHD: torch.Tensor) -> torch.Tensor:
+        """(S, Q, H, D)"""
+        if self.moves is None:
+            return query_NHD.view(*self.rows_SQ.shape, *query_NHD.shape[1:])
+        return query_NHD.index_select(0, self.rows_SQ.flatten()).view(
+            *self.rows_SQ.shape, *query_NHD.shape[1:]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,31 +105,32 @@ def paged_attention(
     query_NHD = query[0].transpose(0, 1)
     out_NHD = torch.empty_like(query_NHD, memory_format=torch.contiguous_format)
     for group in geometry.groups:
-        keys_SKCD, values_SKCD = geometry.cache.gather(layer, group.slots_SC)
+        keys_SKCD, values_SKCD = geometry.cache.gather(layer, group.blocks_SB)
+        mask = group.mask(sliding_window, num_slots=keys_SKCD.shape[2], dtype=query.dtype)
         attend = _attend_one_position if group.same_position else _attend
-        out_SQHD = attend(query_NHD, group, keys_SKCD, values_SKCD, group.mask(sliding_window), scaling)
-        out_NHD[group.target_P] = out_SQHD.flatten(0, 1)[group.source_P]
+        out_XHD = attend(group.queries(query_NHD), keys_SKCD, values_SKCD, mask, scaling).flatten(0, 1)
+        if group.moves is None:
+            return out_XHD[None], None
+        source_P, target_P = group.moves
+        out_NHD.index_copy_(0, target_P, out_XHD.index_select(0, source_P))
     return out_NHD[None], None
 
 
 def _attend(
-    query_NHD: torch.Tensor,
-    group: SequenceGroup,
+    query_SQHD: torch.Tensor,
     keys_SKCD: torch.Tensor,
     values_SKCD: torch.Tensor,
     mask: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
-    query_SHQD = query_NHD[group.rows_SQ].transpose(1, 2)
     out_SHQD = F.scaled_dot_product_attention(
-        query_SHQD, keys_SKCD, values_SKCD, attn_mask=mask, scale=scaling, enable_gqa=True
+        query_SQHD.transpose(1, 2), keys_SKCD, values_SKCD, attn_mask=mask, scale=scaling, enable_gqa=True
     )
     return out_SHQD.transpose(1, 2)
 
 
 def _attend_one_position(
-    query_NHD: torch.Tensor,
-    group: SequenceGroup,
+    query_SQHD: torch.Tensor,
     keys_SKCD: torch.Tensor,
     values_SKCD: torch.Tensor,
     mask: torch.Tensor,
@@ -127,7 +139,6 @@ def _attend_one_position(
     """All queries of a sequence share its position, so they join as more rows over each key/value head:
     keys and values are read once for the target and all its assistants."""
     num_kv_heads = keys_SKCD.shape[1]
-    query_SQHD = query_NHD[group.rows_SQ]
     S, Q, H, D = query_SQHD.shape
     query_SKXD = query_SQHD.view(S, Q, num_kv_heads, H // num_kv_heads, D).transpose(1, 2).flatten(2, 3)
     out_SKXD = F.scaled_dot_product_attention(

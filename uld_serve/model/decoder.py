@@ -88,7 +88,7 @@ class Decoder:
         return self.head.logits(self.norm(self._hidden(batch, cache)))
 
     def _hidden(self, batch: RowBatch, cache: KVCache) -> torch.Tensor:
-        contexts = Contexts.of(batch.sequences)
+        contexts = Contexts.of(batch.sequences, batch.positions_T.device)
         hidden_ND = self.embed(batch.token_ids_T)
         tables = self._rotary_tables(hidden_ND, batch.positions_T)
         left: dict[int, torch.Tensor] = {}
@@ -164,7 +164,7 @@ class Decoder:
             dtype=self.base.dtype,
             device=device,
         )
-        rows = SequenceRows(0, SELF_CHECK_TOKENS, positions)
+        rows = SequenceRows(0, SELF_CHECK_TOKENS, [0])
         try:
             ours = self.forward(RowBatch(token_ids, positions, positions, (rows,), (), positions), cache)
         except TypeError as error:  # a layer with another signature than Llama's

@@ -1,7 +1,7 @@
 """The rows of one step as tensors: target rows, assistant rows, and what each may see. Built by the engine's
 batch, run by the decoder. Knows no request and no profile.
 
-Shapes: T target rows, A assistant rows, C context slots of a sequence.
+Shapes: T target rows, S sequences, B blocks of the longest context among them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from uld_serve.model.attention import Geometry, SequenceGroup
 from uld_serve.model.kv_cache import KVCache
@@ -19,12 +18,12 @@ from uld_serve.model.kv_cache import KVCache
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
-    """One sequence's target rows [start, start + count) and the cache slots of its whole context,
-    those of the new rows included."""
+    """One sequence's target rows [start, start + count) and the cache blocks of its whole context, those of the
+    new rows included."""
 
     start: int
     count: int
-    slots_C: torch.Tensor
+    blocks: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +70,9 @@ class RowBatch:
         for row, index in enumerate(active, start=self.num_target_rows):
             riders.setdefault(self.assistants[index].source, []).append(row)
         groups = []
-        for members, slots_SC, is_decode in contexts.groups:
+        for members, blocks_SB, is_decode in contexts.groups:
             rows = [self._rows_of(self.sequences[member], riders) for member in members]
-            groups.append(self._group(rows, active, slots_SC, is_decode))
+            groups.append(self._group(rows, active, blocks_SB, is_decode))
         return Geometry(self.num_target_rows, self.slots_T, tuple(groups), cache)
 
     def _rows_of(self, sequence: SequenceRows, riders: dict[int, list[int]]) -> list[int]:
@@ -81,20 +80,22 @@ class RowBatch:
         return [*targets, *(row for target in targets for row in riders.get(target, ()))]
 
     def _group(
-        self, rows: list[list[int]], active: Sequence[int], slots_SC: torch.Tensor, is_decode: bool
+        self, rows: list[list[int]], active: Sequence[int], blocks_SB: torch.Tensor, is_decode: bool
     ) -> SequenceGroup:
-        device = slots_SC.device
+        device = blocks_SB.device
         width = max(len(own) for own in rows)
         padded = [own + own[:1] * (width - len(own)) for own in rows]
         rows_SQ = torch.tensor(padded, device=device)
-        source_P = [s * width + q for s, own in enumerate(rows) for q in range(len(own))]
         target_P = [row for own in rows for row in own]
+        moves = None
+        if [row for own in padded for row in own] != list(range(self.num_target_rows + len(active))):
+            source_P = [s * width + q for s, own in enumerate(rows) for q in range(len(own))]
+            moves = torch.tensor(source_P, device=device), torch.tensor(target_P, device=device)
         return SequenceGroup(
             rows_SQ=rows_SQ,
             positions_SQ=self.positions_of(active)[rows_SQ],
-            slots_SC=slots_SC,
-            source_P=torch.tensor(source_P, device=device),
-            target_P=torch.tensor(target_P, device=device),
+            blocks_SB=blocks_SB,
+            moves=moves,
             same_position=is_decode,
         )
 
@@ -108,19 +109,20 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True)
 class Contexts:
-    """Which sequences attend in one call, and their context slots; the same for every layer of a step."""
+    """Which sequences attend in one call, and their context's blocks; the same for every layer of a step."""
 
     groups: tuple[tuple[tuple[int, ...], torch.Tensor, bool], ...]
 
     @classmethod
-    def of(cls, sequences: Sequence[SequenceRows]) -> Contexts:
+    def of(cls, sequences: Sequence[SequenceRows], device: torch.device) -> Contexts:
         decoding = tuple(i for i, sequence in enumerate(sequences) if sequence.count == 1)
         groups: list[tuple[tuple[int, ...], torch.Tensor, bool]] = []
         if decoding:
-            # Padding repeats slot 0: whatever it holds lies beyond every query's position, so it is masked.
-            slots_SC = pad_sequence([sequences[i].slots_C for i in decoding], batch_first=True)
-            groups.append((decoding, slots_SC, True))
+            width = max(len(sequences[i].blocks) for i in decoding)
+            # Padding repeats block 0: whatever it holds lies beyond every query's position, so it is masked.
+            padded = [[*sequences[i].blocks, *[0] * (width - len(sequences[i].blocks))] for i in decoding]
+            groups.append((decoding, torch.tensor(padded, device=device), True))
         for i, sequence in enumerate(sequences):
             if sequence.count > 1:
-                groups.append(((i,), sequence.slots_C[None], False))
+                groups.append(((i,), torch.tensor([list(sequence.blocks)], device=device), False))
         return cls(tuple(groups))
