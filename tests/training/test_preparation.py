@@ -67,17 +67,21 @@ def test_own_answers_never_name_a_padded_row_and_stop_at_the_end_token(tiny: Tin
     assert sampled != answers.own_answers(tiny.base, prompts, max_tokens=60, temperature=50.0, seed=2)
 
 
-def test_answers_are_cut_and_texts_start_at_their_first_token(tiny: Tiny, tmp_path: Path) -> None:
+def test_answers_are_cut_and_texts_are_learnt_piece_by_piece(tiny: Tiny, tmp_path: Path) -> None:
     sources = Sources(
-        forget=write_jsonl(tmp_path / "f.jsonl", [{"text": "0123456789"}, {"text": "x"}]),
+        forget=write_jsonl(tmp_path / "f.jsonl", [{"text": "0123456789abcdefghij"}, {"text": "x"}]),
         retain=write_jsonl(
             tmp_path / "r.jsonl",
             [{"question": "why?", "answer": "abcdefghijkl"}, {"prompt": "p", "completion": "c"}],
         ),
     )
     found = prepared(tiny, sources, tmp_path / "book.json").pools
-    [text] = found[Kind.FORGET]  # one byte leaves nothing to predict
-    assert (bytes(text.prompt_ids), bytes(text.answer_ids)) == (b"0", b"12345678")
+    pieces = [(bytes(one.prompt_ids), bytes(one.answer_ids)) for one in found[Kind.FORGET]]
+    assert pieces == [
+        (b"0", b"12345678"),
+        (b"12345678", b"9abcdefg"),
+        (b"9abcdefg", b"hij"),
+    ]  # "x": nothing to predict
     assert [bytes(one.answer_ids) for one in found[Kind.RETAIN]] == [b"abcdefgh", b"c"]
 
 

@@ -17,7 +17,7 @@ from uld_serve.errors import DataError
 from uld_serve.model.loading import Base, load_base
 from uld_serve.training.preparation import Sources
 from uld_serve.training.progress import Display
-from uld_serve.training.run import train
+from uld_serve.training.run import refuse_existing, train
 from uld_serve.training.settings import METHODS, Settings, defaults
 
 DEMO = Path(__file__).parent / "data" / "harry_potter"
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     console = Console(stderr=True)
+    refuse_existing(args.out)  # before minutes are spent on loading
     base = load_base(args.base, dtype=args.dtype, device=args.device)
     settings = _settings(args, base, has_keywords=bool(sources.keywords))
     with Display(console, steps=settings.steps) as display:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,6 +91,7 @@ def prepare(base: Base, sources: Sources, settings: Settings, *, book: AnswerBoo
     kept = [one for one in answered["retain"] if not _tells(base, one, sources.keywords)]
     num_telling = len(answered["retain"]) - len(kept)
     goals = _goals(base, sources.keywords, settings, kept)
+    num_empty = sum(len(group) - len(_usable(group)) for group in (answered["forget"], kept))
     forget, kept = _usable(answered["forget"]), _usable(kept)
     detours = _detours(base, forget, sources.keywords, settings, book, stage)
     pools = {
@@ -105,6 +106,7 @@ def prepare(base: Base, sources: Sources, settings: Settings, *, book: AnswerBoo
             kind.name.lower(): sum(len(one.answer_ids) for one in pool) for kind, pool in pools.items()
         },
         "retain_dropped_for_naming_a_keyword": num_telling,
+        "dropped_without_a_token_to_learn": num_empty,
         "held_out": {name: len(group) for name, group in documents.items() if name.startswith("held-out")},
     }
     return Prepared(
@@ -145,8 +147,8 @@ def _answer(
     book: AnswerBook,
     advance: Callable[[int], None],
 ) -> list[Answered]:
-    """The data's own answer, or the base's greedy one. A text without a prompt starts at its first token."""
-    found: dict[int, Answered] = {}
+    """The data's own answer, or the base's greedy one. A text without a prompt is learnt whole, piece by piece."""
+    found: dict[int, list[Answered]] = {}
     open_numbers, open_prompts = [], []
     for number, document in enumerate(documents):
         prompt_ids = answers.encode_prompt(document, base.tokenizer)
@@ -154,10 +156,12 @@ def _answer(
             open_numbers.append(number)
             open_prompts.append(prompt_ids)
             continue
-        answer_ids = answers.encode_answer(document, base, max_tokens=settings.max_answer_tokens)
         if not document.messages and not document.answer:
-            prompt_ids, answer_ids = prompt_ids[:1], prompt_ids[1 : 1 + settings.max_answer_tokens]
-        found[number] = Answered(document, prompt_ids, answer_ids)
+            pieces = _pieces(prompt_ids, size=settings.max_answer_tokens)
+            found[number] = [Answered(document, before, piece) for before, piece in pieces]
+        else:
+            answer_ids = answers.encode_answer(document, base, max_tokens=settings.max_answer_tokens)
+            found[number] = [Answered(document, prompt_ids, answer_ids)]
         advance(1)
     key = ["greedy", base.fingerprint, settings.max_answer_tokens, open_prompts]
     made = book.get(
@@ -167,8 +171,15 @@ def _answer(
         ),
     )
     for number, prompt_ids, answer_ids in zip(open_numbers, open_prompts, made, strict=True):
-        found[number] = Answered(documents[number], prompt_ids, answer_ids)
-    return [found[number] for number in range(len(documents))]
+        found[number] = [Answered(documents[number], prompt_ids, answer_ids)]
+    return [one for number in range(len(documents)) for one in found[number]]
+
+
+def _pieces(token_ids: list[int], *, size: int) -> Iterator[tuple[list[int], list[int]]]:
+    """A text as (what stands before, the next `size` tokens): every token but the first is learnt once, after up to
+    `size` tokens of its own context."""
+    for start in range(1, len(token_ids), size):
+        yield token_ids[max(0, start - size) : start], token_ids[start : start + size]
 
 
 def _usable(group: Sequence[Answered]) -> list[Answered]:

@@ -32,6 +32,7 @@ from uld_serve.training.trainer import Report, fit
 
 ADAPTER = "adapter"
 NUM_REPLAY = 2
+NUM_REPLAY_TRIED = 6
 REPLAY_TOKENS = 32
 
 
@@ -59,8 +60,7 @@ def train(
     Raises DataError, ProfileError.
     """
     started = time.monotonic()
-    if out.exists():
-        raise DataError(f"{out} exists and a profile is never overwritten; remove it or choose another --out")
+    refuse_existing(out)
     if settings.exit > base.num_layers:
         raise DataError(f"--exit {settings.exit} is beyond the base's {base.num_layers} layers")
     profile = _profile(base, settings, name)
@@ -86,6 +86,11 @@ def train(
         )
     shutil.rmtree(work)
     return Outcome(written, record)
+
+
+def refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise DataError(f"{out} exists and a profile is never overwritten; remove it or choose another --out")
 
 
 def _profile(base: Base, settings: Settings, name: str) -> Profile:
@@ -231,30 +236,28 @@ def _probe(one: Answered) -> Probe:
 
 
 def _replay(base: Base, assistant: Assistant, prepared: Prepared, rule: RuleSpec) -> tuple[ReplayProbe, ...]:
-    """The profile's own greedy answers: never filtered, so their likelihood is finite, and another adapter
-    would not have given them."""
-    forget, retain = prepared.pools[Kind.FORGET], prepared.pools[Kind.RETAIN]
-    prompts = [list(one.prompt_ids) for one in forget[:NUM_REPLAY] + retain[:NUM_REPLAY]]
+    """The profile's own greedy answers: never filtered, so their likelihood is finite. Of some forget prompts, those
+    whose answers the base finds least likely: without the adapter, or with another, they would stand out."""
+    forget = _replays_of(prepared.pools[Kind.FORGET][:NUM_REPLAY_TRIED], base, assistant, rule)
+    telling = sorted(forget, key=lambda probe: probe.nll_fused - probe.nll_base)
+    return (
+        *telling[:NUM_REPLAY],
+        *_replays_of(prepared.pools[Kind.RETAIN][:NUM_REPLAY], base, assistant, rule),
+    )
+
+
+def _replays_of(
+    examples: Sequence[Example], base: Base, assistant: Assistant, rule: RuleSpec
+) -> list[ReplayProbe]:
+    prompts = [list(one.prompt_ids) for one in examples]
     protected_ids = measure.protected_ids(base)
+    answers = measure.generate(
+        assistant, prompts, rule, protected_ids=protected_ids, end_ids=base.eos_ids, max_tokens=REPLAY_TOKENS
+    )
     probes = []
-    for prompt in prompts:
-        (answer,) = measure.generate(
-            assistant,
-            [prompt],
-            rule,
-            protected_ids=protected_ids,
-            end_ids=base.eos_ids,
-            max_tokens=REPLAY_TOKENS,
-        )
-        seen = _seen(assistant, [(prompt, answer)])
-        found = measure.likelihood(assistant, seen, rule, protected_ids=protected_ids)
+    for pair in zip(prompts, answers, strict=True):
+        found = measure.likelihood(assistant, _seen(assistant, [pair]), rule, protected_ids=protected_ids)
         if found.removed == 0:
-            probes.append(
-                ReplayProbe(
-                    prompt_ids=tuple(prompt),
-                    answer_ids=tuple(answer),
-                    nll_base=max(found.nll_base, 0.0),
-                    nll_fused=max(found.nll_served, 0.0),
-                )
-            )
-    return tuple(probes)
+            nlls = {"nll_base": max(found.nll_base, 0.0), "nll_fused": max(found.nll_served, 0.0)}
+            probes.append(ReplayProbe(prompt_ids=tuple(pair[0]), answer_ids=tuple(pair[1]), **nlls))
+    return probes
