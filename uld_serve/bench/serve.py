@@ -19,8 +19,8 @@ import torch
 from uld_serve.bench.environment import Environment
 from uld_serve.bench.load import Load, Record, Run, drive
 from uld_serve.bench.report import Json, Reporter
-from uld_serve.bench.server_process import running_server
 from uld_serve.errors import InvalidRequest
+from uld_serve.server.process import running_server
 
 SUMMARY = "time to first token, between tokens and to the end under Poisson arrivals, over HTTP"
 KEY_VARIABLE = "ULD_SERVE_API_KEY"

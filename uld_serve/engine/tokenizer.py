@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from uld_serve.errors import InvalidRequest
+from uld_serve.model.loading import control_ids
 
 REPLACEMENT = "�"
 
@@ -26,7 +27,7 @@ class Tokenizer:
         self._lock = threading.Lock()  # the Rust tokenizer raises "Already borrowed" when two threads enter
         self.vocab_size = vocab_size
         self.eos_ids = tuple(eos_ids)
-        self.control_ids = tuple(sorted({*eos_ids, *_special_ids(tokenizer)}))
+        self.control_ids = control_ids(tokenizer, eos_ids)
         self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
         self._is_byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
@@ -78,8 +79,3 @@ class Tokenizer:
         if self._is_byte_level and all(char in self._byte_of for char in token):
             return bytes(self._byte_of[char] for char in token)
         return self.decode([token_id], skip_special_tokens=False).encode()
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)

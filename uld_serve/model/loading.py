@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +114,12 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tupl
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids = configured if isinstance(configured, list) else [configured]
     return tuple(sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}))
+
+
+def control_ids(tokenizer: PreTrainedTokenizerFast, eos_ids: Sequence[int]) -> tuple[int, ...]:
+    """Tokens that end a text and the tokenizer's special ones: a rule that protects leaves them as they are."""
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return tuple(sorted({*eos_ids, *added, *tokenizer.all_special_ids}))
 
 
 def fingerprint(folder: Path) -> str:

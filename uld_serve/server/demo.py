@@ -6,18 +6,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import IO
 
 from pydantic import JsonValue
 from rich.columns import Columns
@@ -25,16 +17,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
-from uld_serve.errors import EngineStopped, InvalidRequest
+from uld_serve.errors import InvalidRequest
 from uld_serve.evaluation.metrics import recall
 from uld_serve.profiles.registry import BUILTIN, Registry
+from uld_serve.server.process import running_server
 
 QUESTION = "Who are Harry Potter's two best friends?"
 PROFILE = "harry-potter"
 MAX_TOKENS = 64
-START_TIMEOUT_S = 540.0
-STOP_TIMEOUT_S = 30.0
-LAST_LOG_LINES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     console = Console(stderr=True, highlight=False)
     keywords = Registry.load_all(BUILTIN).get(args.profile).probes.keywords
-    with running_server(console) as url:
+    with _server(console) as url:
         base = ask(url, args.question, profile=None)
         forgetting = ask(url, args.question, profile=args.profile)
     show(console, args.question, base, forgetting)
@@ -73,29 +63,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def running_server(console: Console) -> Iterator[str]:
-    """The URL of a server of the embedded default on a free loopback port; it is stopped afterwards."""
-    port = _free_port()
-    command = "import sys; from uld_serve.cli import main; sys.exit(main())"
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", command, "serve", "--port", str(port)],
-            stdout=log,
-            stderr=log,
-            env={name: value for name, value in os.environ.items() if name != "ULD_SERVE_API_KEY"},
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            with console.status("starting the server") as status:
-                _wait_ready(
-                    url,
-                    process,
-                    log,
-                    say=lambda seconds: status.update(f"loading the model ({seconds:.0f} s)"),
-                )
-            yield url
-        finally:
-            _stop(process)
+def _server(console: Console) -> Iterator[str]:
+    """The URL of a server of the embedded default, ready."""
+    with ExitStack() as stack:
+        with console.status("starting the server") as status:
+            url = stack.enter_context(
+                running_server(say=lambda seconds: status.update(f"loading the model ({seconds:.0f} s)"))
+            )
+        yield url
 
 
 def ask(url: str, question: str, *, profile: str | None) -> Reply:
@@ -129,41 +104,3 @@ def _receipt_line(receipt: JsonValue) -> str:
     applied = receipt.get("profiles") if isinstance(receipt, dict) else None
     profiles = [entry for entry in applied if isinstance(entry, dict)] if isinstance(applied, list) else []
     return ", ".join(f"{one['name']}@{str(one['digest'])[7:19]}" for one in profiles) or "nothing forgotten"
-
-
-def _wait_ready(
-    url: str, process: subprocess.Popen[bytes], log: IO[bytes], *, say: Callable[[float], None]
-) -> None:
-    started = time.monotonic()
-    while not _is_ready(url):
-        seconds = time.monotonic() - started
-        if process.poll() is not None or seconds > START_TIMEOUT_S:
-            log.seek(0)
-            lines = log.read().decode(errors="replace").strip().splitlines()[-LAST_LOG_LINES:]
-            raise EngineStopped("the demo's server did not start: " + " | ".join(lines))
-        say(seconds)
-        time.sleep(0.25)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from uld_kernels import reference
 
 from uld_serve.model.borrowed import assistant_pass, causal_mask, target_pass
-from uld_serve.model.loading import Base
+from uld_serve.model.loading import Base, control_ids
 from uld_serve.profiles.profile import RuleSpec
 from uld_serve.training.assistant import Assistant
 from uld_serve.training.states import IGNORED, Batch, Observed, collate
@@ -48,10 +48,8 @@ class Likelihood:
 
 
 def protected_ids(base: Base) -> torch.Tensor:
-    """The tokens that the engine protects: those that end a text and the tokenizer's special ones."""
-    special = {number for number, token in base.tokenizer.added_tokens_decoder.items() if token.special}
-    ids = sorted({*base.eos_ids, *special, *base.tokenizer.all_special_ids})
-    return torch.tensor(ids, dtype=torch.long, device=base.device)
+    """The tokens that the engine protects."""
+    return torch.tensor(control_ids(base.tokenizer, base.eos_ids), dtype=torch.long, device=base.device)
 
 
 def combine(

@@ -1,4 +1,6 @@
-"""Starts `uld-serve serve` in a process of its own on a free loopback port and stops it again. Used by serve."""
+"""Starts `uld-serve serve` in a process of its own on a free loopback port and stops it again. Used by the demo and
+by bench serve. Knows the command, nothing inside.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
@@ -22,8 +24,10 @@ LAST_LOG_LINES = 5
 
 
 @contextmanager
-def running_server(arguments: Sequence[str]) -> Iterator[str]:
-    """Its URL. Raises EngineStopped with its last words when it does not start."""
+def running_server(
+    arguments: Sequence[str] = (), *, say: Callable[[float], None] = lambda _: None
+) -> Iterator[str]:
+    """Its URL. `say` is told the seconds waited. Raises EngineStopped with its last words when it does not start."""
     port = _free_port()
     command = "import sys; from uld_serve.cli import main; sys.exit(main())"
     with tempfile.TemporaryFile() as log:
@@ -35,7 +39,7 @@ def running_server(arguments: Sequence[str]) -> Iterator[str]:
         )
         try:
             url = f"http://127.0.0.1:{port}"
-            _wait_ready(url, process, log)
+            _wait_ready(url, process, log, say)
             yield url
         finally:
             process.terminate()
@@ -46,10 +50,13 @@ def running_server(arguments: Sequence[str]) -> Iterator[str]:
                 process.wait()
 
 
-def _wait_ready(url: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def _wait_ready(
+    url: str, process: subprocess.Popen[bytes], log: IO[bytes], say: Callable[[float], None]
+) -> None:
+    started = time.monotonic()
     while not _is_ready(url):
-        if process.poll() is not None or time.monotonic() > deadline:
+        say(time.monotonic() - started)
+        if process.poll() is not None or time.monotonic() - started > START_TIMEOUT_S:
             log.seek(0)
             lines = log.read().decode(errors="replace").strip().splitlines()[-LAST_LOG_LINES:]
             raise EngineStopped("the server did not start: " + " | ".join(lines))
