@@ -92,8 +92,7 @@ def test_requests_without_a_profile_add_no_assistant_rows(tiny: Tiny, make_engin
     seen = []
     forward = engine.runner.decoder.forward
     cache = engine.runner.cache
-    run_and_note = lambda _, rows: seen.append(rows) or forward(rows, cache)  # noqa: E731
-    engine.runner = type("Spy", (), {"run": run_and_note, "cache": cache})()
+    engine.runner = type("Spy", (), {"run": lambda _, rows: seen.append(rows) or forward(rows, cache)})()
     engine.add("base", PROMPT, greedy(3), Decision.base())
     run(engine)
     assert [len(rows.assistants) for rows in seen] == [0, 0, 0]
@@ -254,7 +253,7 @@ class PoisonedRunner:
 
     def __init__(self, runner: Runner, *, how: str) -> None:
         self.runner, self.how = runner, how
-        self.cache = runner.cache
+        self.clear = runner.clear
 
     def run(self, rows: object) -> torch.Tensor:
         logits = self.runner.run(rows).clone()

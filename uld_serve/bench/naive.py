@@ -13,6 +13,7 @@ Called by subjects. Knows no request and no timing.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -41,13 +42,17 @@ class NaiveRunner:
         alone = replace(rows, assistants=())
         return torch.cat([self.target.run(alone), self.assistant.run(alone)])
 
+    def clear(self, block_ids: Sequence[int]) -> None:
+        self.target.clear(block_ids)
+        self.assistant.clear(block_ids)
+
 
 def naive_engine(base: Base, settings: EngineSettings, *, num_layers: int) -> Engine:
     """An engine whose assistant is a second model of `num_layers` layers. It takes over `base`'s model."""
     assistant = truncated_copy(base, num_layers)
     engine = Engine.of(base, settings)
     second = Runner.of(Decoder.of(assistant), engine.config)
-    # The engine asks nothing of a runner but `run`.
+    # The engine asks nothing of a runner but `run` and `clear`.
     engine.runner = cast(Runner, NaiveRunner(engine.runner, second))
     return engine
 

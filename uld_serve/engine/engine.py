@@ -144,7 +144,8 @@ class Engine:
         if not scheduled:
             return [], []
         try:
-            self.runner.cache.clear(self.scheduler.pool.pop_to_clear())
+            if left_over := self.scheduler.pool.pop_to_clear():
+                self.runner.clear(left_over)
             batch = Batch.of(scheduled, block_size=self.config.block_size, device=self.sampler.device)
             return self.sampler.sample(batch.wants, self.runner.run(batch.rows)), []
         except Exception as error:  # whatever it is, it must end one request and no other

@@ -3,6 +3,7 @@ no request, text or profile."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,3 +35,7 @@ class Runner:
     def run(self, rows: RowBatch) -> torch.Tensor:
         """fp32 logits (R, W): the batch's head rows, then its assistant rows. Raises what the model raises."""
         return self.decoder.forward(rows, self.cache)
+
+    def clear(self, block_ids: Sequence[int]) -> None:
+        """Zeros in these blocks, before anybody reads what an earlier request left there."""
+        self.cache.clear(block_ids)
