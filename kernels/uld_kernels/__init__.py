@@ -4,6 +4,15 @@
 
 from uld_kernels import rules
 from uld_kernels.ops import fused_sample, fused_score
-from uld_kernels.rows import SampleOutput, SampleRow, ScoreOutput, Term
+from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput, Term
 
-__all__ = ["SampleOutput", "SampleRow", "ScoreOutput", "Term", "fused_sample", "fused_score", "rules"]
+__all__ = [
+    "LateRows",
+    "SampleOutput",
+    "SampleRow",
+    "ScoreOutput",
+    "Term",
+    "fused_sample",
+    "fused_score",
+    "rules",
+]

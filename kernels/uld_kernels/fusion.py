@@ -8,12 +8,16 @@ Legend: R rows of logits, W their width (>= V), V real vocabulary, K survivors o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf, isfinite, log
 
 import torch
 
 from uld_kernels import reference, rules
-from uld_kernels.rows import SampleRow, Term
+from uld_kernels.rows import LateRows, SampleRow, Term
+
+# So many of the target's best tokens tell how far down the others could matter.
+_NUM_TOP = 32
+_BOUND_SLACK = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,8 @@ class RowFailure(Exception):
         self.status = status
 
 
-def fuse(logits_RV: torch.Tensor, row: SampleRow, *, vocab_size: int, protected_ids: torch.Tensor) -> Fused:
+def fuse(streams: Streams, row: SampleRow, *, protected_ids: torch.Tensor) -> Fused:
     """Bans, pre-filter, combine, fused filter, protection. Raises RowFailure."""
-    streams = _Streams(logits_RV, vocab_size)
     b_V = streams.read(row.row_b)
     lowest, highest = (value.item() for value in b_V.aminmax())
     if not highest < inf:
@@ -63,9 +66,11 @@ def fuse(logits_RV: torch.Tensor, row: SampleRow, *, vocab_size: int, protected_
         b_K = gather(b_V, ids_K)
         lse = b_K.logsumexp(-1).item()
         return Fused(ids_K, b_K, lse=lse, target_lse=lse, kl=0.0, argmax_changed=False)
+    fused_tau = max((term.tau for term in terms if term.filter_mode == rules.FUSED), default=0.0)
+    if fused_tau > 0.0 and all(term.kind == rules.RELU_DIFFERENCE for term in terms):
+        ids_K = _reachable(streams, b_V, ids_K, terms, row.compose, tau=fused_tau)
     scores_K = _combine(streams, b_V, ids_K, terms, row.compose)
     ids_K, scores_K = _compress(ids_K, scores_K, scores_K > -inf)
-    fused_tau = max((term.tau for term in terms if term.filter_mode == rules.FUSED), default=0.0)
     if fused_tau > 0.0 and ids_K.shape[0] > 0:
         ids_K, scores_K = _compress(ids_K, scores_K, reference.fused_keep(scores_K, tau=fused_tau))
     if protected_ids.shape[0] > 0 and any(term.protect for term in terms):
@@ -80,20 +85,29 @@ def gather(values_V: torch.Tensor, ids_K: torch.Tensor) -> torch.Tensor:
     return values_V if ids_K.shape[0] == values_V.shape[0] else values_V[ids_K]
 
 
-class _Streams:
-    """Reads rows of the logits as fp32 (fp64 stays fp64) without the padded head columns."""
+class Streams:
+    """Reads rows of the logits as fp32 (fp64 stays fp64) without the padded head columns; late rows where asked."""
 
-    def __init__(self, logits_RV: torch.Tensor, vocab_size: int) -> None:
+    def __init__(self, logits_RV: torch.Tensor, vocab_size: int, late: LateRows | None = None) -> None:
         self._logits_RV = logits_RV
         self._vocab_size = vocab_size
+        self._late = late
         self._dtype = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
 
     def read(self, row: int) -> torch.Tensor:
+        num_rows = self._logits_RV.shape[0]
+        if row >= num_rows and self._late is not None:
+            every_id_V = torch.arange(self._vocab_size, device=self._logits_RV.device)
+            return self._late.scores(row - num_rows, every_id_V).to(self._dtype)
         return self._logits_RV[row, : self._vocab_size].to(self._dtype)
 
     def kept(self, row: int, ids_K: torch.Tensor) -> torch.Tensor:
         """The logits of one assistant on the kept tokens, which must all be finite."""
-        stream_K = gather(self.read(row), ids_K)
+        num_rows = self._logits_RV.shape[0]
+        if row >= num_rows and self._late is not None:
+            stream_K = self._late.scores(row - num_rows, ids_K).to(self._dtype)
+        else:
+            stream_K = gather(self.read(row), ids_K)
         if stream_K.shape[0] > 0 and not all(isfinite(value.item()) for value in stream_K.aminmax()):
             raise RowFailure(rules.NUMERICAL)
         return stream_K
@@ -133,8 +147,28 @@ def _prefilter(b_V: torch.Tensor, terms: tuple[Term, ...], *, has_holes: bool) -
     return ids_K
 
 
+def _reachable(
+    streams: Streams,
+    b_V: torch.Tensor,
+    ids_K: torch.Tensor,
+    terms: tuple[Term, ...],
+    mode: int,
+    *,
+    tau: float,
+) -> torch.Tensor:
+    """Of `ids_K` those that a fused filter could leave under relu_difference, which never raises a score: nothing
+    whose b is below the best fused score plus log tau. That score is at least the best one of the target's top."""
+    best_K = ids_K[gather(b_V, ids_K).topk(min(_NUM_TOP, ids_K.shape[0])).indices]
+    best = _combine(streams, b_V, best_K, terms, mode).max().item()
+    # A little below: the filter compares rounded numbers.
+    lowest = best + log(tau) - _BOUND_SLACK
+    if ids_K.shape[0] == b_V.shape[0]:
+        return (b_V >= lowest).nonzero().flatten()
+    return ids_K[b_V[ids_K] >= lowest]
+
+
 def _combine(
-    streams: _Streams, b_V: torch.Tensor, ids_K: torch.Tensor, terms: tuple[Term, ...], mode: int
+    streams: Streams, b_V: torch.Tensor, ids_K: torch.Tensor, terms: tuple[Term, ...], mode: int
 ) -> torch.Tensor:
     b_K = gather(b_V, ids_K)
     if len(terms) == 1:
@@ -143,7 +177,7 @@ def _combine(
     return reference.compose(b_K, penalties, mode=mode)
 
 
-def _apply_one(streams: _Streams, b_K: torch.Tensor, ids_K: torch.Tensor, term: Term) -> torch.Tensor:
+def _apply_one(streams: Streams, b_K: torch.Tensor, ids_K: torch.Tensor, term: Term) -> torch.Tensor:
     if term.kind == rules.SUBTRACT:
         return reference.subtract(b_K, streams.kept(term.row_a, ids_K), strength=term.strength)
     if term.kind == rules.RELU_DIFFERENCE:
@@ -155,7 +189,7 @@ def _apply_one(streams: _Streams, b_K: torch.Tensor, ids_K: torch.Tensor, term: 
 
 
 def _penalty(
-    streams: _Streams, b_K: torch.Tensor, ids_K: torch.Tensor, term: Term, *, vocab_size: int
+    streams: Streams, b_K: torch.Tensor, ids_K: torch.Tensor, term: Term, *, vocab_size: int
 ) -> torch.Tensor:
     if term.kind == rules.SUBTRACT:
         log_a_K = streams.kept_log(term.row_a, ids_K)
@@ -168,7 +202,7 @@ def _penalty(
     return torch.where(_rank_removed(streams, ids_K, term), inf, torch.zeros_like(b_K))
 
 
-def _rank_removed(streams: _Streams, ids_K: torch.Tensor, term: Term) -> torch.Tensor:
+def _rank_removed(streams: Streams, ids_K: torch.Tensor, term: Term) -> torch.Tensor:
     streams.kept(term.row_q, ids_K)
     streams.kept(term.row_p, ids_K)
     q_V, p_V = streams.read(term.row_q), streams.read(term.row_p)

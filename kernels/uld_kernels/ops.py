@@ -10,11 +10,16 @@ from collections.abc import Sequence
 import torch
 
 from uld_kernels import sampler_reference
-from uld_kernels.rows import SampleOutput, SampleRow, ScoreOutput
+from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput
 
 
 def fused_sample(
-    logits_RV: torch.Tensor, rows: Sequence[SampleRow], *, vocab_size: int, protected_ids: torch.Tensor
+    logits_RV: torch.Tensor,
+    rows: Sequence[SampleRow],
+    *,
+    vocab_size: int,
+    protected_ids: torch.Tensor,
+    late: LateRows | None = None,
 ) -> SampleOutput:
     """Combine the streams of each row, filter, and draw one token a row with its log-probability.
 
@@ -24,6 +29,7 @@ def fused_sample(
                    of logits.
     protected_ids  int64 ids without repeats (end of text, control), on the same device, that terms with
                    `protect` leave at the target's probability.
+    late           more streams, as rows after the logits', whose scores are computed where they are needed.
 
     Order: bans and grammar mask on b; plausibility or official filter from b; combine; fused filter on the
     scores; protect. Log-probabilities are reported of these scores. Then penalties and logit_bias (they
@@ -44,12 +50,15 @@ def fused_sample(
     ...              protected_ids=torch.tensor([], dtype=torch.int64)).token_ids_B
     tensor([1])
     """
-    _check(logits_RV, rows, vocab_size)
+    _check(logits_RV, rows, vocab_size, late)
     if _runs_on_triton(logits_RV):
         from uld_kernels import sampler_triton
 
-        return sampler_triton.sample(logits_RV, rows, vocab_size=vocab_size, protected_ids=protected_ids)
-    return sampler_reference.sample(logits_RV, rows, vocab_size=vocab_size, protected_ids=protected_ids)
+        whole = _with_late(logits_RV, late)
+        return sampler_triton.sample(whole, rows, vocab_size=vocab_size, protected_ids=protected_ids)
+    return sampler_reference.sample(
+        logits_RV, rows, vocab_size=vocab_size, protected_ids=protected_ids, late=late
+    )
 
 
 def fused_score(
@@ -59,23 +68,28 @@ def fused_score(
     *,
     vocab_size: int,
     protected_ids: torch.Tensor,
+    late: LateRows | None = None,
 ) -> ScoreOutput:
     """The log-probability and rank of given tokens under the same fused scores that fused_sample draws from.
 
     For log-probabilities of prompts and for evaluation. Penalties, bias and sampling parameters of the rows
     play no part. A filtered token has -inf. Raises ValueError for rows or ids outside the logits.
     """
-    _check(logits_RV, rows, vocab_size)
+    _check(logits_RV, rows, vocab_size, late)
     if target_ids_B.shape != (len(rows),):
         raise ValueError(f"one target id a row: {len(rows)} rows, target_ids_B {tuple(target_ids_B.shape)}")
     if _runs_on_triton(logits_RV):
         from uld_kernels import sampler_triton
 
         return sampler_triton.score(
-            logits_RV, rows, target_ids_B, vocab_size=vocab_size, protected_ids=protected_ids
+            _with_late(logits_RV, late),
+            rows,
+            target_ids_B,
+            vocab_size=vocab_size,
+            protected_ids=protected_ids,
         )
     return sampler_reference.score(
-        logits_RV, rows, target_ids_B, vocab_size=vocab_size, protected_ids=protected_ids
+        logits_RV, rows, target_ids_B, vocab_size=vocab_size, protected_ids=protected_ids, late=late
     )
 
 
@@ -89,11 +103,20 @@ def _runs_on_triton(logits_RV: torch.Tensor) -> bool:
     return IS_TRITON_PROVEN and logits_RV.is_cuda and logits_RV.dtype != torch.float64
 
 
-def _check(logits_RV: torch.Tensor, rows: Sequence[SampleRow], vocab_size: int) -> None:
-    num_rows, width = logits_RV.shape
+def _with_late(logits_RV: torch.Tensor, late: LateRows | None) -> torch.Tensor:
+    return logits_RV if late is None else torch.cat([logits_RV.float(), late.all_scores()])
+
+
+def _check(
+    logits_RV: torch.Tensor, rows: Sequence[SampleRow], vocab_size: int, late: LateRows | None
+) -> None:
+    num_logit_rows, width = logits_RV.shape
+    num_rows = num_logit_rows + (0 if late is None else late.hidden_AD.shape[0])
     if not 0 < vocab_size <= width:
         raise ValueError(f"vocab_size {vocab_size} does not fit logits of width {width}")
     for row in rows:
         used = [row.row_b, *(index for term in row.terms for index in (term.row_a, term.row_q, term.row_p))]
         if max(used) >= num_rows:
             raise ValueError(f"row {max(used)} is outside the {num_rows} rows of logits")
+        if row.row_b >= num_logit_rows:
+            raise ValueError(f"row {row.row_b} is late; a target needs all its logits")

@@ -1,8 +1,9 @@
-"""What one draw needs and what it gives: Term, SampleRow, SampleOutput, ScoreOutput.
+"""What one draw needs and what it gives: Term, SampleRow, LateRows, SampleOutput, ScoreOutput.
 
 Built by whoever calls ops; read by the torch and Triton samplers. Knows no formula.
 
-Legend: R rows of logits, V real vocabulary, B rows to draw, N listed alternatives."""
+Legend: R rows of logits, W their width, A late rows, D model width, V real vocabulary, K chosen tokens, B rows to
+draw, N listed alternatives."""
 
 from __future__ import annotations
 
@@ -135,6 +136,33 @@ class SampleRow:
         for term in sorted(self.terms, key=lambda t: (t.strength, t.row_a, t.row_q, t.row_p)):
             chosen[term.profile_key] = term
         return tuple(chosen[key] for key in sorted(chosen))
+
+
+@dataclass(frozen=True, slots=True)
+class LateRows:
+    """Streams whose logits are computed for the tokens that need them alone. They count as the rows that follow the
+    logits: with R rows of logits, row R + i is hidden_AD[i].
+
+    A rule whose filter leaves some hundred tokens then reads so many rows of the head instead of all.
+    """
+
+    hidden_AD: torch.Tensor
+    weight_WD: torch.Tensor
+    bias_W: torch.Tensor | None = None
+
+    def scores(self, index: int, ids_K: torch.Tensor) -> torch.Tensor:
+        """fp32 logits of row `index` on some tokens: the same products as the whole head's, summed in fp32."""
+        weight_KD = self.weight_WD.index_select(0, ids_K)
+        return self._finish(weight_KD.float() @ self.hidden_AD[index].float(), ids_K)
+
+    def all_scores(self) -> torch.Tensor:
+        """(A, W) fp32."""
+        return self._finish(self.hidden_AD.float() @ self.weight_WD.float().T, None)
+
+    def _finish(self, scores: torch.Tensor, ids_K: torch.Tensor | None) -> torch.Tensor:
+        if self.bias_W is None:
+            return scores
+        return scores + (self.bias_W if ids_K is None else self.bias_W[ids_K]).float()
 
 
 @dataclass(frozen=True, slots=True)

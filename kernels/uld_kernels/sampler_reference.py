@@ -12,23 +12,28 @@ from math import inf, isfinite, log
 import torch
 
 from uld_kernels import reference, rules
-from uld_kernels.fusion import Fused, RowFailure, fuse
+from uld_kernels.fusion import Fused, RowFailure, Streams, fuse
 from uld_kernels.lottery import Lot, draw
-from uld_kernels.rows import SampleOutput, SampleRow, ScoreOutput
+from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput
 
 # How many of the largest tokens top-p sorts first; a flatter distribution is then sorted whole.
 _TOP_P_FIRST_LOOK = 1024
 
 
 def sample(
-    logits_RV: torch.Tensor, rows: Sequence[SampleRow], *, vocab_size: int, protected_ids: torch.Tensor
+    logits_RV: torch.Tensor,
+    rows: Sequence[SampleRow],
+    *,
+    vocab_size: int,
+    protected_ids: torch.Tensor,
+    late: LateRows | None = None,
 ) -> SampleOutput:
     """ops.fused_sample, one row after the other."""
-    table = _Table(rows)
+    table, streams = _Table(rows), Streams(logits_RV, vocab_size, late)
     found: dict[int, tuple[Fused, Lot]] = {}
     for index, row in enumerate(rows):
         try:
-            fused = fuse(logits_RV, row, vocab_size=vocab_size, protected_ids=protected_ids)
+            fused = fuse(streams, row, protected_ids=protected_ids)
             found[index] = fused, truncate(fused, row, vocab_size=vocab_size)
         except RowFailure as failure:
             table.fail(index, failure.status)
@@ -48,13 +53,14 @@ def score(
     *,
     vocab_size: int,
     protected_ids: torch.Tensor,
+    late: LateRows | None = None,
 ) -> ScoreOutput:
     """ops.fused_score, one row after the other."""
-    table = _Table(rows)
+    table, streams = _Table(rows), Streams(logits_RV, vocab_size, late)
     ranks = [0] * len(rows)
     for index, (row, token) in enumerate(zip(rows, target_ids_B.tolist(), strict=True)):
         try:
-            fused = fuse(logits_RV, row, vocab_size=vocab_size, protected_ids=protected_ids)
+            fused = fuse(streams, row, protected_ids=protected_ids)
         except RowFailure as failure:
             table.fail(index, failure.status)
         else:

@@ -22,6 +22,7 @@ from uld_serve.errors import (
     PromptTooLong,
     UldError,
 )
+from uld_serve.model.head import Scores
 
 MakeEngine = Callable[..., Engine]
 PROMPT = list(b"Once upon a time")
@@ -255,18 +256,21 @@ class PoisonedRunner:
         self.runner, self.how = runner, how
         self.clear = runner.clear
 
-    def run(self, rows: object) -> torch.Tensor:
-        logits = self.runner.run(rows).clone()
+    def run(self, rows: object) -> Scores:
+        scores = self.runner.run(rows)
+        late = [] if scores.late is None else [scores.late.all_scores()]
+        logits = torch.cat([scores.logits_RW, *late])
         poisoned = (rows.token_ids_T == self.POISON).nonzero().flatten().tolist()
         if poisoned and self.how == "raise":
             raise RuntimeError("poisoned")
         for number, row in enumerate(rows.head_rows.tolist()):
             if row in poisoned and self.how == "nan target":
                 logits[number, 7] = float("nan")
-        for number, assistant in enumerate(rows.assistants, start=len(rows.head_rows)):
+        whole_first = sorted(rows.assistants, key=lambda row: row.is_late)
+        for number, assistant in enumerate(whole_first, start=len(rows.head_rows)):
             if assistant.source in poisoned and self.how == "nan assistant":
                 logits[number] = float("nan")
-        return logits
+        return Scores(logits)
 
 
 @pytest.mark.parametrize("how", ["raise", "nan target", "nan assistant"])

@@ -25,6 +25,7 @@ from uld_serve.engine.engine import Engine
 from uld_serve.engine.runner import Runner
 from uld_serve.errors import InvalidRequest
 from uld_serve.model.decoder import Decoder
+from uld_serve.model.head import Scores
 from uld_serve.model.loading import Base
 from uld_serve.model.row_batch import RowBatch
 from uld_serve.profiles.adapter import LoraAdapter
@@ -38,9 +39,9 @@ class NaiveRunner:
     target: Runner
     assistant: Runner
 
-    def run(self, rows: RowBatch) -> torch.Tensor:
+    def run(self, rows: RowBatch) -> Scores:
         alone = replace(rows, assistants=())
-        return torch.cat([self.target.run(alone), self.assistant.run(alone)])
+        return Scores(torch.cat([self.target.run(alone).logits_RW, self.assistant.run(alone).logits_RW]))
 
     def clear(self, block_ids: Sequence[int]) -> None:
         self.target.clear(block_ids)

@@ -76,16 +76,19 @@ class _Builder:
             assistants=tuple(self.assistants),
             head_rows=torch.tensor(self.head_rows, dtype=torch.long, device=self.device),
         )
-        wants, assistant_row = [], len(self.head_rows)
+        wants = []
+        next_whole = len(self.head_rows)
+        next_late = next_whole + sum(not row.is_late for row in self.assistants)
         for row, (sequence, position, target_id) in enumerate(self.wanted):
-            num_streams = len(sequence.plan.streams)
-            stream_rows = tuple(range(assistant_row, assistant_row + num_streams))
-            wants.append(Want(sequence, position + 1, row, stream_rows, target_id))
-            assistant_row += num_streams
+            stream_rows = []
+            for stream in sequence.plan.streams:
+                stream_rows.append(next_late if stream.is_late else next_whole)
+                next_late, next_whole = next_late + stream.is_late, next_whole + (not stream.is_late)
+            wants.append(Want(sequence, position + 1, row, tuple(stream_rows), target_id))
         return Batch(rows, tuple(wants))
 
     def _want(self, sequence: Sequence, position: int, row: int, target_id: int | None) -> None:
         self.wanted.append((sequence, position, target_id))
         self.head_rows.append(row)
         for stream in sequence.plan.streams:
-            self.assistants.append(AssistantRow(row, stream.fork, stream.exit, stream.slot))
+            self.assistants.append(AssistantRow(row, stream.fork, stream.exit, stream.slot, stream.is_late))

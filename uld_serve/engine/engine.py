@@ -53,7 +53,7 @@ class Engine:
         return cls(
             config=config,
             tokenizer=tokenizer,
-            planner=Planner(decoder.bank),
+            planner=Planner(decoder.bank, defers_logits=base.device.type == "cpu"),
             scheduler=Scheduler(config, BlockPool(config.num_blocks, config.block_size)),
             runner=Runner.of(decoder, config),
             sampler=Sampler(tokenizer, base.vocab_size, base.device, uld_serve.__version__),

@@ -6,7 +6,7 @@ Called by the engine at admission. Knows the adapter bank, but no tensor, text o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -54,12 +54,14 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
-    """One assistant row per scored position: where it forks and exits, and its adapter's bank slot."""
+    """One assistant row per scored position: where it forks and exits, and its adapter's bank slot. `is_late`: the
+    rules ask for its logits on some hundred tokens at most."""
 
     fork: int
     exit: int
     adapter_key: str
     slot: int
+    is_late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ class Planner:
     """Makes plans and holds the adapters that they use until they are released."""
 
     bank: AdapterBank
+    defers_logits: bool = False
+    """Worth it where the head costs more with more rows, as on a CPU."""
 
     def check(self, version: ProfileVersion) -> None:
         """Raise ProfileError for a profile that this engine cannot run, before anybody asks for it."""
@@ -125,6 +129,8 @@ class Planner:
         except Exception:
             self._release(streams)
             raise
+        if self.defers_logits and _asks_few_tokens(terms):
+            streams = [replace(stream, is_late=True) for stream in streams]
         return Plan(tuple(streams), terms, decision.compose)
 
     def release(self, plan: Plan) -> None:
@@ -161,3 +167,15 @@ class Planner:
             tag=int(version.digest.removeprefix("sha256:")[:15], 16),
             entry=ReceiptEntry(version.name, version.digest, rule.kind, strength),
         )
+
+
+def _asks_few_tokens(terms: Sequence[TermPlan]) -> bool:
+    """Whether filters leave few tokens before any assistant's logit is looked at: plausibility filters do, and fused
+    ones where no score can rise above the target's. Pairs, and `subtract` among others, are normalised over all."""
+    if any(term.kind not in ("subtract", "relu_difference") for term in terms):
+        return False
+    modes = {term.filter_mode for term in terms}
+    never_raises = all(term.kind == "relu_difference" for term in terms)
+    return ("plausibility" in modes and (len(terms) == 1 or never_raises)) or (
+        "fused" in modes and never_raises
+    )

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from uld_serve.config import EngineConfig
 from uld_serve.model.decoder import Decoder
+from uld_serve.model.head import Scores
 from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.row_batch import RowBatch
 
@@ -32,8 +31,8 @@ class Runner:
         )
         return cls(decoder, cache)
 
-    def run(self, rows: RowBatch) -> torch.Tensor:
-        """fp32 logits (R, W): the batch's head rows, then its assistant rows. Raises what the model raises."""
+    def run(self, rows: RowBatch) -> Scores:
+        """Scores of the batch's head rows, then of its assistants. Raises what the model raises."""
         return self.decoder.forward(rows, self.cache)
 
     def clear(self, block_ids: Sequence[int]) -> None:

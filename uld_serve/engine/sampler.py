@@ -20,6 +20,7 @@ from uld_serve.engine.request import Receipt, TokenLogprob
 from uld_serve.engine.sequence import Sequence
 from uld_serve.engine.tokenizer import Tokenizer
 from uld_serve.errors import NumericalError, UldError
+from uld_serve.model.head import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +41,38 @@ class Sampler:
     device: torch.device
     engine_version: str
 
-    def sample(self, wants: Series[Want], logits_RV: torch.Tensor) -> list[Outcome]:
+    def sample(self, wants: Series[Want], scores: Scores) -> list[Outcome]:
         """One outcome a want, in order."""
         draws = [want for want in wants if want.target_id is None]
-        scores = [want for want in wants if want.target_id is not None]
-        outcomes = {id(o.want): o for o in [*self._draw(draws, logits_RV), *self._score(scores, logits_RV)]}
+        given = [want for want in wants if want.target_id is not None]
+        outcomes = {id(o.want): o for o in [*self._draw(draws, scores), *self._score(given, scores)]}
         return [outcomes[id(want)] for want in wants]
 
-    def _draw(self, wants: Series[Want], logits_RV: torch.Tensor) -> list[Outcome]:
+    def _draw(self, wants: Series[Want], scores: Scores) -> list[Outcome]:
         if not wants:
             return []
         rows = [self._row(want) for want in wants]
-        out = ops.fused_sample(logits_RV, rows, vocab_size=self.vocab_size, protected_ids=self._protected())
+        out = ops.fused_sample(
+            scores.logits_RW,
+            rows,
+            vocab_size=self.vocab_size,
+            protected_ids=self._protected(),
+            late=scores.late,
+        )
         return self._outcomes(wants, out, out.token_ids_B.tolist())
 
-    def _score(self, wants: Series[Want], logits_RV: torch.Tensor) -> list[Outcome]:
+    def _score(self, wants: Series[Want], scores: Scores) -> list[Outcome]:
         if not wants:
             return []
         rows = [self._scoring_row(want) for want in wants]
         targets = [want.target_id for want in wants]
         out = ops.fused_score(
-            logits_RV,
+            scores.logits_RW,
             rows,
             torch.tensor(targets, device=self.device),
             vocab_size=self.vocab_size,
             protected_ids=self._protected(),
+            late=scores.late,
         )
         return self._outcomes(wants, out, [int(target or 0) for target in targets])
 

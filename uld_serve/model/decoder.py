@@ -18,7 +18,7 @@ from uld_serve.errors import ModelUnsupported
 from uld_serve.model import attention
 from uld_serve.model.adapter_bank import AdapterBank
 from uld_serve.model.borrowed import decoder_parts
-from uld_serve.model.head import Head
+from uld_serve.model.head import Head, Scores
 from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.loading import Base
 from uld_serve.model.packed_linear import can_pack, pack_linears
@@ -83,9 +83,12 @@ class Decoder:
         return int(self.base.model.config.get_text_config().max_position_embeddings)
 
     @torch.inference_mode()
-    def forward(self, batch: RowBatch, cache: KVCache) -> torch.Tensor:
-        """Run one step's rows: fp32 logits (R, W), the batch's head rows first, then its assistants."""
-        return self.head.logits(self.norm(self._hidden(batch, cache)))
+    def forward(self, batch: RowBatch, cache: KVCache) -> Scores:
+        """Run one step's rows: scores of the batch's head rows first, then of its assistants, the late ones last."""
+        hidden_RD = self.norm(self._hidden(batch, cache))
+        num_whole = hidden_RD.shape[0] - sum(row.is_late for row in batch.assistants)
+        late = self.head.late(hidden_RD[num_whole:]) if num_whole < hidden_RD.shape[0] else None
+        return Scores(self.head.logits(hidden_RD[:num_whole]), late)
 
     def _hidden(self, batch: RowBatch, cache: KVCache) -> torch.Tensor:
         contexts = Contexts.of(batch.sequences, batch.positions_T.device)
@@ -102,7 +105,8 @@ class Decoder:
         targets_RD: torch.Tensor = hidden_ND[batch.head_rows]
         if not left:
             return targets_RD
-        return torch.cat([targets_RD, torch.stack([left[i] for i in range(len(batch.assistants))])])
+        whole_first = sorted(range(len(batch.assistants)), key=lambda i: batch.assistants[i].is_late)
+        return torch.cat([targets_RD, torch.stack([left[i] for i in whole_first])])
 
     def _run_layers(
         self,
@@ -166,7 +170,8 @@ class Decoder:
         )
         rows = SequenceRows(0, SELF_CHECK_TOKENS, [0])
         try:
-            ours = self.forward(RowBatch(token_ids, positions, positions, (rows,), (), positions), cache)
+            batch = RowBatch(token_ids, positions, positions, (rows,), (), positions)
+            ours = self.forward(batch, cache).logits_RW
         except TypeError as error:  # a layer with another signature than Llama's
             raise ModelUnsupported(
                 f"{type(self.base.model).__name__}'s layers cannot be called one by one"

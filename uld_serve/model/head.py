@@ -12,27 +12,41 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from uld_kernels import LateRows
 
 from uld_serve.model.packed_linear import PackedLinear
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """One step's scores: fp32 logits (R, W), and further rows whose logits are computed where they are needed."""
+
+    logits_RW: torch.Tensor
+    late: LateRows | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
-    """`logits` maps hidden rows (R, D) of the base's dtype to fp32 (R, W)."""
+    """`logits` maps hidden rows (R, D) of the base's dtype to fp32 (R, W); `late` puts the same product off."""
 
     logits: Callable[[torch.Tensor], torch.Tensor]
+    weight_WD: torch.Tensor
+    bias_W: torch.Tensor | None
+
+    def late(self, hidden_AD: torch.Tensor) -> LateRows:
+        return LateRows(hidden_AD, self.weight_WD, self.bias_W)
 
     @classmethod
     def of(cls, head: nn.Linear, *, is_packed: bool) -> Head:
         weight_WD = head.weight.detach()
         bias_W = None if head.bias is None else head.bias.detach().float()
         if weight_WD.is_cuda and weight_WD.dtype != torch.float32:
-            return cls(lambda hidden_RD: _mixed_product(hidden_RD, weight_WD, bias_W))
+            return cls(lambda hidden_RD: _mixed_product(hidden_RD, weight_WD, bias_W), weight_WD, bias_W)
         fp32_WD = weight_WD.float()
         if is_packed:
             packed = PackedLinear(fp32_WD, bias_W)
-            return cls(lambda hidden_RD: packed.forward(hidden_RD.float()))
-        return cls(lambda hidden_RD: F.linear(hidden_RD.float(), fp32_WD, bias_W))
+            return cls(lambda hidden_RD: packed.forward(hidden_RD.float()), weight_WD, bias_W)
+        return cls(lambda hidden_RD: F.linear(hidden_RD.float(), fp32_WD, bias_W), weight_WD, bias_W)
 
 
 def _mixed_product(

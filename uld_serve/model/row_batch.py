@@ -29,12 +29,14 @@ class SequenceRows:
 @dataclass(frozen=True, slots=True)
 class AssistantRow:
     """A row that enters as a copy of target row `source` at layer `fork` and leaves after layer `exit` - 1,
-    with the adapter in bank slot `slot` on the layers between."""
+    with the adapter in bank slot `slot` on the layers between. `is_late`: its logits are wanted on some tokens
+    only, so they are computed when these are known."""
 
     source: int
     fork: int
     exit: int
     slot: int
+    is_late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
