@@ -23,6 +23,7 @@ from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.loading import Base
 from uld_serve.model.packed_linear import can_pack, pack_linears
 from uld_serve.model.row_batch import Contexts, RowBatch, SequenceRows
+from uld_serve.model.shared_input import share_inputs
 
 RotaryTables = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -55,6 +56,7 @@ class Decoder:
         base.model.set_attn_implementation(attention.ATTENTION_NAME)
         is_packed = can_pack(base.dtype, base.device)
         if is_packed:
+            share_inputs(parts.layers)
             pack_linears(parts.layers)
         return cls(
             base=base,
