@@ -38,7 +38,7 @@ def oracle(tiny: Tiny) -> Oracle:
     return Oracle(tiny.folder, tiny.profiles, vocab_size=tiny.base.vocab_size, control_ids=[256, 257, 258])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_engine(tiny: Tiny) -> Callable[..., Engine]:
     """make_engine(max_step_rows=…, …) -> an engine on a freshly loaded tiny base."""
 

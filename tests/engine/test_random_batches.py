@@ -1,0 +1,129 @@
+"""Many random mixed batches: whatever runs beside it, whenever it arrives, however it is cut up, evicted or resumed,
+a request gets what it gets alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+from tiny_base import RULES, Tiny
+
+from uld_serve.engine.engine import Engine
+from uld_serve.engine.plan import Applied, Decision
+from uld_serve.engine.request import SamplingParams
+
+NAMES = list(RULES)
+NUM_JOBS = 60
+KV_BYTES_PER_TOKEN = 512
+
+
+@dataclass(frozen=True)
+class Job:
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    names: tuple[str, ...]
+
+
+def jobs() -> list[Job]:
+    """Prompts that share beginnings, so that prefixes hit; every rule, pairs of rules, the base; all ways to draw."""
+    rng = random.Random(11)
+    stems = [[rng.randrange(256) for _ in range(length)] for length in (0, 9, 24, 33)]
+    made = []
+    for number in range(NUM_JOBS):
+        prompt = rng.choice(stems) + [rng.randrange(256) for _ in range(rng.randrange(1, 20))]
+        names = {0: (), 1: (NAMES[number % len(NAMES)], NAMES[(number + 3) % len(NAMES)])}.get(
+            number % 5, (NAMES[number % len(NAMES)],)
+        )
+        params = SamplingParams(
+            max_tokens=rng.randrange(1, 10),
+            temperature=rng.choice([0.0, 0.8, 1.0]),
+            top_p=rng.choice([1.0, 0.9]),
+            top_k=rng.choice([0, 0, 20]),
+            seed=number,
+            repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
+            logprobs=rng.choice([None, 2]),
+            prompt_logprobs=rng.choice([None, None, 1]),
+            ignore_eos=True,
+        )
+        made.append(Job(tuple(prompt), params, names))
+    return made
+
+
+JOBS = jobs()
+
+
+def decision(tiny: Tiny, job: Job) -> Decision:
+    if not job.names:
+        return Decision.base()
+    return Decision.forgetting([Applied(tiny.version(name)) for name in dict.fromkeys(job.names)])
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Tiny, make_engine: Callable[..., Engine]) -> list[list[int]]:
+    """Each job's tokens in an engine of its own making, one after the other, without a prefix to share."""
+    engine = make_engine(block_size=256)  # longer than any job: no block is ever full, so none is shared
+    found = []
+    for number, job in enumerate(JOBS):
+        engine.add(str(number), list(job.prompt), job.params, decision(tiny, job))
+        tokens: list[int] = []
+        while engine.has_work:
+            for delta in engine.step():
+                assert delta.error is None
+                tokens += delta.token_ids
+        found.append(tokens)
+    return found
+
+
+def run_round(tiny: Tiny, make_engine: Callable[..., Engine], alone: list[list[int]], seed: int) -> int:
+    """One engine with random settings and 1 to 40 jobs that arrive, and sometimes leave, at random; the number of
+    preemptions."""
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 4, 16])
+    tokens_of_cache = rng.choice([80, 160, 4000])
+    engine = make_engine(
+        block_size=block_size,
+        kv_cache_bytes=tokens_of_cache * KV_BYTES_PER_TOKEN,
+        max_step_rows=rng.choice([5, 17, 64, 512]),
+        max_num_seqs=rng.choice([1, 3, 16]),
+        adapter_bytes=rng.choice([10**5, 10**8]),
+    )
+    todo = [rng.randrange(NUM_JOBS) for _ in range(rng.randrange(1, 41))]
+    got: dict[str, list[int]] = {}
+    of: dict[str, int] = {}
+    aborted: set[str] = set()
+    while todo or engine.has_work:
+        for _ in range(min(len(todo), rng.randrange(4))):
+            number, name = todo.pop(), f"r{len(of)}"
+            of[name], got[name] = number, []
+            engine.add(name, list(JOBS[number].prompt), JOBS[number].params, decision(tiny, JOBS[number]))
+        for delta in engine.step():
+            assert delta.error is None, delta.error
+            got[delta.request_id] += delta.token_ids
+        if engine.sequences and rng.random() < 0.05:
+            name = rng.choice(list(engine.sequences))
+            engine.abort(name)
+            aborted.add(name)
+        engine.check_integrity()
+    for name, number in of.items():
+        expected = alone[number][: len(got[name])] if name in aborted else alone[number]
+        assert got[name] == expected, (seed, name, JOBS[number])
+    assert engine.scheduler.pool.num_free == engine.config.num_blocks
+    return engine.scheduler.num_preemptions
+
+
+def test_random_batches_equal_solo_runs(
+    tiny: Tiny, make_engine: Callable[..., Engine], alone: list[list[int]]
+) -> None:
+    assert sum(run_round(tiny, make_engine, alone, seed) for seed in range(8)) > 0, (
+        "nothing was ever preempted"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_two_thousand_random_batches_equal_solo_runs(
+    tiny: Tiny, make_engine: Callable[..., Engine], alone: list[list[int]]
+) -> None:
+    assert sum(run_round(tiny, make_engine, alone, seed) for seed in range(2000)) > 0
