@@ -14,6 +14,9 @@ import torch
 
 from uld_kernels import rules
 
+SMALLEST_TEMPERATURE = 1e-5
+"""Below it scores / temperature leave fp32's range, and every gap that fp32 can tell is a certainty anyway."""
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
@@ -115,6 +118,8 @@ class SampleRow:
                 "temperature must be >= 0, top_p in (0, 1], min_p in [0, 1]; "
                 f"got {self.temperature}, {self.top_p}, {self.min_p}"
             )
+        if 0.0 < self.temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(f"temperature {self.temperature} divides scores beyond fp32; use 0 for greedy")
         if not (0.0 < self.repetition_penalty < inf and self.num_logprobs >= 0 and self.row_b >= 0):
             raise ValueError(
                 "repetition_penalty must be > 0, num_logprobs and row_b >= 0; "

@@ -42,6 +42,18 @@ def test_a_released_block_keeps_its_contents_until_its_place_is_needed() -> None
     assert pool.take_cached(keys([1, 2])) == []
 
 
+def test_withdrawn_blocks_are_found_by_nobody_and_not_lost() -> None:
+    pool = BlockPool(3, 2)
+    held, idle = pool.try_take(2)
+    for block_id, key in zip((held, idle), keys([1, 2, 3, 4]), strict=True):
+        pool.publish(block_id, key)
+    pool.give_back([idle])
+    pool.withdraw([held, idle])
+    assert pool.take_cached(keys([1, 2])) == []
+    pool.check_integrity([held])
+    assert pool.num_free == 2
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Random sequences come, publish, share and go."""
 

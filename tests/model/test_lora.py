@@ -178,6 +178,50 @@ def test_a_failed_load_leaves_the_bank_as_it_was() -> None:
     it.acquire("b", always(adapter(2, 1)))
 
 
+def test_an_adapter_of_large_rank_gives_its_room_back_when_it_goes() -> None:
+    budget = 6 * 8 * ROW_BYTES
+    it = bank(budget)
+    it.acquire("large", always(adapter(1, 40)))
+    it.release("large")
+    deltas = {name: adapter(ord(name), 2) for name in "abcdef"}
+    slots = [it.acquire(name, always(delta)) for name, delta in deltas.items()]
+    assert it.resident_bytes == 6 * 2 * ROW_BYTES
+    x = torch.randn(6, 6)
+    got = run(it, x, start=0, slots=sorted(slots))
+    by_slot = dict(zip(slots, deltas.values(), strict=True))
+    torch.testing.assert_close(got, torch.stack([by_slot[s].of(x[i]) for i, s in enumerate(sorted(slots))]))
+    with pytest.raises(Overloaded):  # it would widen the place of everybody
+        it.acquire("large", always(adapter(1, 40)))
+    assert it.resident_bytes <= budget
+
+
+def test_a_load_that_fails_half_way_leaves_nothing_in_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    it, x = bank(), torch.randn(1, 6)
+    both = Delta({**adapter(1, 2).tensors, **adapter(2, 2, layer=1).tensors})
+    it.acquire("warm", always(both))
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(it.layers[1].mlp.up_proj, "put", full)
+        with pytest.raises(MemoryError):
+            it.acquire("broken", always(both))
+    slot = it.acquire("other", always(adapter(3, 2, layer=1)))
+    assert torch.equal(run(it, x, start=0, slots=[slot]), torch.zeros(1, 5))
+
+
+def test_a_slot_is_only_its_own_adapters() -> None:
+    it = bank()
+    slot = it.acquire("a", always(adapter(1, 2)))
+    it.check("a", slot)
+    it.release("a")
+    it.evict("a")
+    for key in ("a", "b"):
+        with pytest.raises(RuntimeError, match="is not in slot"):
+            it.check(key, slot)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

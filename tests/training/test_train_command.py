@@ -49,10 +49,18 @@ def settings(tiny: Tiny, *options: str, method: str = "margin", has_keywords: bo
 @pytest.mark.parametrize("field", list(command.SETTINGS))
 def test_each_option_reaches_its_field_and_no_other(tiny: Tiny, field: str) -> None:
     value = {"fork": "1", "exit": "3", "lr": "0.125", "strength": "2.5"}.get(field, "3")
-    found = settings(tiny, f"--{field.replace('_', '-')}", value)
+    has_keywords = field == "detour_weight"  # without them there is nothing for it to weigh
+    found = settings(tiny, f"--{field.replace('_', '-')}", value, has_keywords=has_keywords)
     kind = get_type_hints(Settings)[field]
-    assert getattr(settings(tiny), field) != kind(value)
-    assert found == replace(settings(tiny), **{field: kind(value)})
+    usual = settings(tiny, has_keywords=has_keywords)
+    assert getattr(usual, field) != kind(value)
+    assert found == replace(usual, **{field: kind(value)})
+
+
+def test_a_weight_with_nothing_to_weigh_is_refused(tiny: Tiny) -> None:
+    for options in ((), ("--augment", "none")):
+        with pytest.raises(DataError, match="--detour-weight needs"):
+            settings(tiny, "--detour-weight", "3", *options, has_keywords=bool(options))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -91,4 +91,6 @@ class _Builder:
         self.wanted.append((sequence, position, target_id))
         self.head_rows.append(row)
         for stream in sequence.plan.streams:
-            self.assistants.append(AssistantRow(row, stream.fork, stream.exit, stream.slot, stream.is_late))
+            self.assistants.append(
+                AssistantRow(row, stream.fork, stream.exit, stream.slot, stream.adapter_key, stream.is_late)
+            )

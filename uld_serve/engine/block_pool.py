@@ -93,6 +93,16 @@ class BlockPool:
             self._key_of[block_id] = key
             self._block_of[key] = block_id
 
+    def withdraw(self, block_ids: Sequence[int]) -> None:
+        """Let nobody find these blocks by what they hold any more; who holds them keeps them."""
+        for block_id in block_ids:
+            key = self._key_of.pop(block_id, None)
+            if key is not None:
+                del self._block_of[key]
+                if block_id in self._idle:
+                    del self._idle[block_id]
+                    self._unused.append(block_id)
+
     def give_back(self, block_ids: Sequence[int], *, is_suspect: bool = False) -> None:
         """Later blocks first, so that the beginning of a prefix outlives its end. `is_suspect`: nothing has shown
         that what they hold is finite."""

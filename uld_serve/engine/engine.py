@@ -96,11 +96,17 @@ class Engine:
             raise Overloaded(f"{self.num_waiting} requests are waiting; try again later")
         if request_id in self.sequences:
             raise InvalidRequest(f"request id {request_id!r} is in use")
+        plan = self.planner.plan(decision)
+        if 1 + len(plan.streams) > self.config.max_step_rows:
+            self.planner.release(plan)
+            raise InvalidRequest(
+                f"these profiles need {1 + len(plan.streams)} rows a token, a step has {self.config.max_step_rows}"
+            )
         sequence = Sequence(
             request_id=request_id,
             prompt_ids=list(prompt_ids),
             params=params,
-            plan=self.planner.plan(decision),
+            plan=plan,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             detokenizer=Detokenizer(
                 self.tokenizer, prompt_ids, stop=params.stop, keep_stop=params.include_stop_str
@@ -125,7 +131,7 @@ class Engine:
         lost = {id(item) for item, _ in failed}
         for item in scheduled:
             if id(item) not in lost:
-                deltas += self._advance(item, by_sequence[id(item.sequence)])
+                deltas += self._take_in(item, by_sequence[id(item.sequence)])
         return deltas
 
     def check_integrity(self) -> None:
@@ -155,6 +161,15 @@ class Engine:
             middle = len(scheduled) // 2
             first, second = self._run(scheduled[:middle]), self._run(scheduled[middle:])
             return first[0] + second[0], first[1] + second[1]
+
+    def _take_in(self, item: Scheduled, outcomes: list[Outcome]) -> list[Delta]:
+        try:
+            return self._advance(item, outcomes)
+        except Exception as error:  # whatever it is, it must end one request and no other
+            if item.sequence.request_id not in self.sequences:
+                raise  # it came while ending the request: what is held is not known any more
+            logger.exception("request %s failed", item.sequence.request_id)
+            return [self._fail(item.sequence, _as_uld_error(error))]
 
     def _advance(self, item: Scheduled, outcomes: list[Outcome]) -> list[Delta]:
         """Take in what one sequence's rows gave."""
@@ -203,7 +218,9 @@ class Engine:
     ) -> Delta:
         """The one end of a request: gives everything back and makes its last delta."""
         del self.sequences[sequence.request_id]
-        self.scheduler.remove(sequence, is_suspect=reason not in ("stop", "length"))
+        self.scheduler.remove(
+            sequence, is_suspect=reason not in ("stop", "length"), has_failed=reason == "error"
+        )
         self.planner.release(sequence.plan)
         return Delta(
             request_id=sequence.request_id,

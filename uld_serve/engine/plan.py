@@ -11,7 +11,7 @@ from functools import partial
 from typing import Literal
 
 from uld_serve.engine.request import ReceiptEntry
-from uld_serve.errors import InvalidRequest, ProfileError
+from uld_serve.errors import InvalidRequest, Overloaded, ProfileError
 from uld_serve.model.adapter_bank import AdapterBank
 from uld_serve.profiles.profile import FilterMode, ProfileVersion, RuleKind
 
@@ -126,6 +126,13 @@ class Planner:
         streams: list[StreamPlan] = []
         try:
             terms = tuple(self._term(applied, streams) for applied in strongest.values())
+        except Overloaded as error:
+            self._release(streams)
+            if self.bank.total_users == 0:
+                raise InvalidRequest(
+                    "the adapters of these profiles together take more memory than adapters may have (adapter_bytes)"
+                ) from error
+            raise
         except Exception:
             self._release(streams)
             raise

@@ -18,7 +18,7 @@ MAX_SEED = 2**64
 class SamplingParams:
     """How to draw tokens for one request. Field names follow OpenAI's API and vLLM's extras.
 
-    `temperature` 0 is greedy. `logprobs` = n returns each drawn token's log-probability and the n best;
+    `temperature` 0, or below 1e-5, is greedy. `logprobs` = n returns each drawn token's log-probability and the n best;
     `prompt_logprobs` = n the same for every prompt token. Both are under the served (fused) distribution.
     `max_tokens` 0 draws nothing: the prompt is only scored.
     """

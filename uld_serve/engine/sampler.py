@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from uld_kernels import ops, rules
-from uld_kernels.rows import SampleOutput, SampleRow, ScoreOutput, Term
+from uld_kernels.rows import SMALLEST_TEMPERATURE, SampleOutput, SampleRow, ScoreOutput, Term
 
 from uld_serve.engine.batch import Want
 from uld_serve.engine.plan import Plan
@@ -130,7 +130,7 @@ class Sampler:
             row_b=want.row,
             terms=_terms(sequence.plan, want.stream_rows),
             compose=rules.COMPOSE_CODES[sequence.plan.compose],
-            temperature=params.temperature,
+            temperature=params.temperature if params.temperature >= SMALLEST_TEMPERATURE else 0.0,
             top_k=params.top_k,
             top_p=params.top_p,
             min_p=params.min_p,

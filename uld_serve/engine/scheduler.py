@@ -34,8 +34,11 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence, *, is_suspect: bool = False) -> None:
-        """Take a sequence out, wherever it is, and free its blocks (BlockPool.give_back)."""
+    def remove(self, sequence: Sequence, *, is_suspect: bool = False, has_failed: bool = False) -> None:
+        """Take a sequence out, wherever it is, and free its blocks (BlockPool.give_back). What a failed one has
+        computed is not shared again: it may be what made it fail."""
+        if has_failed:
+            self.pool.withdraw(sequence.block_ids)
         if sequence in self.running:
             self.running.remove(sequence)
         else:

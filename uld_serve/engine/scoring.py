@@ -3,6 +3,7 @@ through the very same combine rule. Called by LLM and at start."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from uld_serve.errors import ProfileMismatch, UldError
 # its effect differs by nats.
 REPLAY_TOLERANCE_NATS = 0.15
 REPLAY_TOLERANCE_SHARE = 0.05
+
+logger = logging.getLogger(__name__)
 
 OnFinish = Callable[[], None]
 
@@ -81,6 +84,11 @@ def replay(engine: Engine, version: ProfileVersion) -> None:
     """
     decision = Decision.of_version(version)
     probes = version.probes.replay
+    if not probes:
+        logger.warning(
+            "profile %s has no replay probes: nothing shows that it does here what it did when it was made",
+            version.ref,
+        )
     scored = score(engine, [[*probe.prompt_ids, *probe.answer_ids] for probe in probes], decision, top=0)
     for number, (probe, entries) in enumerate(zip(probes, scored, strict=True)):
         answer = entries[len(probe.prompt_ids) :]

@@ -44,7 +44,6 @@ class AdapterBank:
     _linears: dict[str, LoraLinear] = field(default_factory=dict)
     _slots: dict[str, int] = field(default_factory=dict)  # least recently used first
     _users: dict[str, int] = field(default_factory=dict)
-    _bytes: dict[str, int] = field(default_factory=dict)
 
     def acquire(self, key: str, load: Callable[[], Adapter]) -> int:
         """Slot of the adapter `key`, which is loaded first if it is not resident.
@@ -67,9 +66,12 @@ class AdapterBank:
             raise ProfileMismatch(f"adapter {key} is in use by {self._users[key]} requests")
         slot = self._slots.pop(key)
         self._users.pop(key, None)
-        del self._bytes[key]
-        for linear in self._linears.values():
-            linear.drop(slot)
+        self._drop(slot)
+
+    def check(self, key: str, slot: int) -> None:
+        """Raise if this is not the adapter in that slot: its rows would otherwise run as the base's."""
+        if self._slots.get(key) != slot:
+            raise RuntimeError(f"adapter {key} is not in slot {slot}")
 
     def num_users(self, key: str) -> int:
         return self._users.get(key, 0)
@@ -89,17 +91,16 @@ class AdapterBank:
 
     def _load(self, key: str, adapter: Adapter) -> None:
         pairs = self._checked(key, adapter.tensors)
-        size = sum(
-            (A_rI.numel() + B_Or.numel()) * self._linears[name].A_PIr.element_size()
-            for name, (A_rI, B_Or) in pairs.items()
-        )
-        self._make_room(key, size)
+        self._make_room(key, {name: A_rI.shape[0] for name, (A_rI, _) in pairs.items()})
         taken = set(self._slots.values())
         slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
-        for name, (A_rI, B_Or) in pairs.items():
-            self._linears[name].put(slot, A_rI, B_Or.float() * adapter.scaling)
+        try:
+            for name, (A_rI, B_Or) in pairs.items():
+                self._linears[name].put(slot, A_rI, B_Or.float() * adapter.scaling)
+        except BaseException:
+            self._drop(slot)
+            raise
         self._slots[key] = slot
-        self._bytes[key] = size
         self.num_loads += 1
 
     def _checked(self, key: str, tensors: Mapping[str, torch.Tensor]) -> Pairs:
@@ -115,20 +116,31 @@ class AdapterBank:
                 )
         return pairs
 
-    def _make_room(self, key: str, size: int) -> None:
+    def _drop(self, slot: int) -> None:
+        for linear in self._linears.values():
+            linear.drop(slot)
+
+    def _make_room(self, key: str, ranks: Mapping[str, int]) -> None:
+        """Evict until one more adapter, of these ranks by module, fits the budget."""
         if self.budget_bytes is None:
             return
-        if size > self.budget_bytes:
+        alone = sum(self._linears[name].bytes_of(1, rank) for name, rank in ranks.items())
+        if alone > self.budget_bytes:
             raise ProfileMismatch(
-                f"adapter {key} has {size:,} bytes; all adapters together may have {self.budget_bytes:,}"
+                f"adapter {key} takes {alone:,} bytes; all adapters together may have {self.budget_bytes:,}"
             )
-        while sum(self._bytes.values()) + size > self.budget_bytes:
+        while self._bytes_with(ranks) > self.budget_bytes:
             unused = next((k for k in self._slots if not self._users.get(k, 0)), None)
             if unused is None:
                 raise Overloaded(
                     "the adapters in use leave no room for this request's profile; try again later"
                 )
             self.evict(unused)
+            for linear in self._linears.values():
+                linear.compact()
+
+    def _bytes_with(self, ranks: Mapping[str, int]) -> int:
+        return sum(linear.bytes_with(ranks.get(name, 0)) for name, linear in self._linears.items())
 
     def _linear(self, name: str) -> LoraLinear:
         """The layer named "layers.{i}.{module}", wrapped on first use."""

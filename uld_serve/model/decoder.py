@@ -149,6 +149,8 @@ class Decoder:
 
     def _seat_adapters(self, batch: RowBatch, active: tuple[int, ...]) -> None:
         slots = [batch.assistants[i].slot for i in active]
+        for index in active:
+            self.bank.check(batch.assistants[index].adapter_key, batch.assistants[index].slot)
         self.bank.rows.seat(batch.num_target_rows, slots, batch.positions_T.device)
 
     @torch.inference_mode()

@@ -87,6 +87,7 @@ class LoraLinear(nn.Module):
         self.A_PIr = torch.zeros(0, base.in_features, 0, dtype=dtype, device=device)
         self.B_PrO = torch.zeros(0, 0, base.out_features, dtype=dtype, device=device)
         self.places: dict[int, int] = {}
+        self._ranks: dict[int, int] = {}
         self._gathered: tuple[tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -134,6 +135,7 @@ class LoraLinear(nn.Module):
         self.A_PIr[place, :, :rank] = A_rI.T
         self.B_PrO[place, :rank] = B_Or.T
         self.places[slot] = place
+        self._ranks[slot] = rank
         self._gathered = None
 
     def drop(self, slot: int) -> None:
@@ -142,14 +144,29 @@ class LoraLinear(nn.Module):
             self._gathered = None
 
     @property
-    def bytes_per_place(self) -> int:
-        """At the largest rank so far: smaller ones are padded to it."""
-        rank = self.A_PIr.shape[2]
-        return (self.base.in_features + self.base.out_features) * rank * self.A_PIr.element_size()
-
-    @property
     def resident_bytes(self) -> int:
-        return self.bytes_per_place * self.A_PIr.shape[0]
+        return self.bytes_of(self.A_PIr.shape[0], self.A_PIr.shape[2])
+
+    def bytes_of(self, num_places: int, rank: int) -> int:
+        """Every place has room for the largest rank: smaller ones are padded to it."""
+        widths = self.base.in_features + self.base.out_features
+        return num_places * rank * widths * self.A_PIr.element_size()
+
+    def bytes_with(self, rank: int) -> int:
+        """Resident bytes with one more adapter of this rank; 0 is none."""
+        num_places = max(self.A_PIr.shape[0], len(self.places) + (rank > 0))
+        return self.bytes_of(num_places, max(rank, self.A_PIr.shape[2]))
+
+    def compact(self) -> None:
+        """Give back what dropped adapters have left: their places, and room for a rank that nobody has any more."""
+        if len(self.places) == self.A_PIr.shape[0]:
+            return
+        rank = max((self._ranks[slot] for slot in self.places), default=0)
+        index = torch.tensor(list(self.places.values()), dtype=torch.long, device=self.A_PIr.device)
+        self.A_PIr = self.A_PIr[index, :, :rank].contiguous()
+        self.B_PrO = self.B_PrO[index, :rank].contiguous()
+        self.places = {slot: place for place, slot in enumerate(self.places)}
+        self._gathered = None
 
     def _grow(self, num_places: int, rank: int) -> None:
         A, B = self.A_PIr, self.B_PrO

@@ -29,13 +29,14 @@ class SequenceRows:
 @dataclass(frozen=True, slots=True)
 class AssistantRow:
     """A row that enters as a copy of target row `source` at layer `fork` and leaves after layer `exit` - 1,
-    with the adapter in bank slot `slot` on the layers between. `is_late`: its logits are wanted on some tokens
-    only, so they are computed when these are known."""
+    with the adapter `adapter_key`, in bank slot `slot`, on the layers between. `is_late`: its logits are wanted on
+    some tokens only, so they are computed when these are known."""
 
     source: int
     fork: int
     exit: int
     slot: int
+    adapter_key: str
     is_late: bool = False
 
 
@@ -121,8 +122,10 @@ class Contexts:
         groups: list[tuple[tuple[int, ...], torch.Tensor, bool]] = []
         if decoding:
             width = max(len(sequences[i].blocks) for i in decoding)
-            # Padding repeats block 0: whatever it holds lies beyond every query's position, so it is masked.
-            padded = [[*sequences[i].blocks, *[0] * (width - len(sequences[i].blocks))] for i in decoding]
+            # Padding lies beyond every query's position, so it is masked. It repeats a block of the sequence's own:
+            # a weight of 0 would not hide NaN in another's.
+            own = [list(sequences[i].blocks) for i in decoding]
+            padded = [blocks + blocks[:1] * (width - len(blocks)) for blocks in own]
             groups.append((decoding, torch.tensor(padded, device=device), True))
         for i, sequence in enumerate(sequences):
             if sequence.count > 1:

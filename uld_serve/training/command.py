@@ -162,6 +162,10 @@ def _settings(args: argparse.Namespace, base: Base, *, has_keywords: bool) -> Se
         raise DataError("--augment self needs --keywords: without them the other answers would tell as well")
     if args.method == "margin" and has_keywords and args.augment != "none":
         settings = replace(settings, detours=2, detour_batch=4)
+    if settings.detours == 0 and "detour_weight" in given:
+        raise DataError(
+            "--detour-weight needs other answers to weigh: give --keywords, without --augment none"
+        )
     return replace(settings, **given)
 
 

@@ -120,9 +120,9 @@ def generate(
     answers: list[list[int]] = []
     device = assistant.model.device
     generator = torch.Generator(device).manual_seed(seed)
-    end_ids_E = torch.tensor(end_ids, device=device)
+    end_ids_E = torch.tensor(end_ids, dtype=torch.long, device=device)
     for start in range(0, len(prompts), BATCH_SIZE):
-        decoding = _Decoding(assistant, prompts[start : start + BATCH_SIZE], pad=end_ids[0])
+        decoding = _Decoding(assistant, prompts[start : start + BATCH_SIZE], pad=end_ids[0] if end_ids else 0)
         unfinished = torch.ones(len(decoding.answers), dtype=torch.bool, device=device)
         for _ in range(max_tokens):
             b_BV, a_BV = decoding.logits()

@@ -137,7 +137,8 @@ def _split(documents: Sequence[Document], name: str) -> tuple[list[Document], li
             f"the {name} set has {len(chats)} questions, too few to hold some out; use --probes none, or give "
             "--probe-forget and --probe-retain"
         )
-    return [one for one in documents if one not in held], held
+    is_held = {id(one) for one in held}
+    return [one for one in documents if id(one) not in is_held], held
 
 
 def _answer(
