@@ -3,21 +3,18 @@ through the very same combine rule. Called by LLM and at start."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import Decision, ProfileVersion
 from uld_serve.engine.request import Delta, SamplingParams, TokenLogprob
-from uld_serve.errors import ProfileMismatch, UldError
+from uld_serve.errors import ProfileMismatch, PromptTooLong, UldError
 
 # A replayed probe may be off by this much (nats): kernels and dtypes differ by rounding, a profile that lost
 # its effect differs by nats.
 REPLAY_TOLERANCE_NATS = 0.15
 REPLAY_TOLERANCE_SHARE = 0.05
-
-logger = logging.getLogger(__name__)
 
 OnFinish = Callable[[], None]
 
@@ -84,11 +81,6 @@ def replay(engine: Engine, version: ProfileVersion) -> None:
     """
     decision = Decision.of_version(version)
     probes = version.probes.replay
-    if not probes:
-        logger.warning(
-            "profile %s has no replay probes: nothing shows that it does here what it did when it was made",
-            version.ref,
-        )
     scored = score(engine, [[*probe.prompt_ids, *probe.answer_ids] for probe in probes], decision, top=0)
     for number, (probe, entries) in enumerate(zip(probes, scored, strict=True)):
         answer = entries[len(probe.prompt_ids) :]
@@ -108,6 +100,11 @@ def admit(engine: Engine, version: ProfileVersion) -> None:
         replay(engine, version)
     except ProfileMismatch:
         raise
+    except PromptTooLong as error:
+        raise ProfileMismatch(
+            f"profile '{version.name}' cannot be checked at start: its replay probes are longer than max_model_len "
+            f"{engine.config.max_model_len}; raise that"
+        ) from error
     except UldError as error:
         raise ProfileMismatch(
             f"profile '{version.name}' cannot be run on this base: {error.message}"

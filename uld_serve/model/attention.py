@@ -21,6 +21,9 @@ from uld_serve.errors import ModelUnsupported
 from uld_serve.model.kv_cache import KVCache
 
 ATTENTION_NAME = "uld_paged"
+# The CPU's products sum rows in fours in one order and what is left over in another. Queries are filled up to a
+# multiple, so that what a row gets depends neither on its neighbours nor on how its prompt was cut up.
+QUERY_MULTIPLE = 4
 
 
 @dataclass(slots=True)
@@ -141,10 +144,12 @@ def _attend_one_position(
     num_kv_heads = keys_SKCD.shape[1]
     S, Q, H, D = query_SQHD.shape
     query_SKXD = query_SQHD.view(S, Q, num_kv_heads, H // num_kv_heads, D).transpose(1, 2).flatten(2, 3)
+    num_rows = query_SKXD.shape[2]
+    filled_SKXD = F.pad(query_SKXD, (0, 0, 0, -num_rows % QUERY_MULTIPLE))
     out_SKXD = F.scaled_dot_product_attention(
-        query_SKXD, keys_SKCD, values_SKCD, attn_mask=mask, scale=scaling
-    )
-    return out_SKXD.view(S, num_kv_heads, Q, H // num_kv_heads, D).transpose(1, 2).reshape(S, Q, H, D)
+        filled_SKXD, keys_SKCD, values_SKCD, attn_mask=mask, scale=scaling
+    )[:, :, :num_rows]
+    return out_SKXD.reshape(S, num_kv_heads, Q, H // num_kv_heads, D).transpose(1, 2).reshape(S, Q, H, D)
 
 
 def register() -> None:

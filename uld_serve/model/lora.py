@@ -10,7 +10,7 @@ one adapter, C rows of a group.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 
 import torch
@@ -18,6 +18,9 @@ from torch import nn
 
 from uld_serve.model.packed_linear import PackedLinear
 
+# fp32 products of 4, 8, 12, … rows sum in one order, those of fewer in another: rows are filled up to a multiple, so
+# that what a request gets does not depend on who is beside it.
+ROWS_MULTIPLE = 4
 # More adapters than this in one batch are applied by two batched products; up to here a loop is faster.
 LOOPED_GROUPS = 4
 
@@ -42,8 +45,8 @@ class LoraRows:
     start: int = 0
     groups: tuple[Group, ...] = ()
     slots: tuple[int, ...] = ()
-    seats_GC: torch.Tensor | None = None
-    back_N: torch.Tensor | None = None
+    seats_GC: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    back_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     _seated: tuple[int, ...] | None = None
     _groups: tuple[Group, ...] = ()
 
@@ -62,6 +65,7 @@ class LoraRows:
         self.groups = self._groups = tuple(groups)
         self.slots = tuple(group.slot for group in groups)
         width = max((group.end - group.first for group in groups), default=0)
+        width = -(-width // ROWS_MULTIPLE) * ROWS_MULTIPLE
         # Padding repeats a group's first row; what it gives is not read back.
         seats = [[min(group.first + c, group.end - 1) for c in range(width)] for group in groups]
         back = [g * width + c for g, group in enumerate(groups) for c in range(group.end - group.first)]
@@ -103,11 +107,12 @@ class LoraLinear(nn.Module):
         return y
 
     def _add_looped(self, x_NI: torch.Tensor, y_NO: torch.Tensor) -> None:
-        for group in self.rows.groups:
+        for number, group in enumerate(self.rows.groups):
             place = self.places.get(group.slot)
             if place is not None:
-                low_Cr = x_NI[group.first : group.end] @ self.A_PIr[place]
-                y_NO[group.first : group.end] += low_Cr @ self.B_PrO[place]
+                x_CI = x_NI.index_select(0, self.rows.seats_GC[number])
+                delta_CO = x_CI @ self.A_PIr[place] @ self.B_PrO[place]
+                y_NO[group.first : group.end] += delta_CO[: group.end - group.first]
 
     def _add_batched(self, x_NI: torch.Tensor, y_NO: torch.Tensor) -> None:
         A_GIr, B_GrO = self._of_groups(tuple(self.places[slot] for slot in self.rows.slots))

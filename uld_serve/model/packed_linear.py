@@ -12,6 +12,9 @@ from torch import nn
 
 # oneDNN picks a layout for about this many rows. In bf16 any hint gives the same; in fp32 a hint of 1 is slow at 8.
 ROWS_HINT = 8
+# oneDNN sums such a product in another order for one row than for more, so that a request alone would not get the
+# very logits that it gets beside others. Two rows cost what one does.
+DEEP = 1024
 
 
 class PackedLinear(nn.Module):
@@ -25,6 +28,11 @@ class PackedLinear(nn.Module):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), ROWS_HINT)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.in_features >= DEEP and x.shape[-2] == 1:
+            return self._product(torch.cat([x, x], dim=-2))[..., :1, :]
+        return self._product(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return y
 

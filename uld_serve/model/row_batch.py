@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from uld_serve.model.attention import Geometry, SequenceGroup
+from uld_serve.model.attention import QUERY_MULTIPLE, Geometry, SequenceGroup
 from uld_serve.model.kv_cache import KVCache
 
 
@@ -87,6 +87,8 @@ class RowBatch:
     ) -> SequenceGroup:
         device = blocks_SB.device
         width = max(len(own) for own in rows)
+        if not is_decode:
+            width = -(-width // QUERY_MULTIPLE) * QUERY_MULTIPLE
         padded = [own + own[:1] * (width - len(own)) for own in rows]
         rows_SQ = torch.tensor(padded, device=device)
         target_P = [row for own in rows for row in own]

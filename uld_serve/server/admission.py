@@ -228,7 +228,7 @@ def _header_profiles(request: Request) -> list[frozenset[str]]:
     for name, value in request.headers.items():
         if name == HEADER.lower():
             values.append(value)
-        elif name.startswith("x-forget"):
+        elif "forget" in name:
             raise InvalidRequest(f"unknown header; the one that names profiles is {HEADER}", param=HEADER)
     if len(values) > 1:
         raise InvalidRequest(f"{HEADER} is given twice", param=HEADER)

@@ -164,7 +164,10 @@ def _print_banner(console: Console, catalog: Catalog, url: str, *, is_open: bool
     table = Table(box=None, show_header=False)
     table.add_row("model", catalog.model)
     for version in catalog.registry:
-        table.add_row("profile", version.ref)
+        unchecked = "" if version.probes.replay else "  (has no replay probes: not checked on this base)"
+        table.add_row("profile", version.ref + unchecked)
+    if not catalog.registry.names():
+        table.add_row("profile", "none was found: every request is answered by the base alone")
     table.add_row(
         "keys", "none: everything is allowed from this machine" if is_open else str(len(catalog.keys))
     )

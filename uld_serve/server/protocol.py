@@ -124,7 +124,7 @@ class GenerationRequest(ForgetRequest):
     stop_token_ids: Annotated[list[int] | None, Field(max_length=MAX_STOP_TOKEN_IDS)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = 1.0
     logit_bias: Annotated[
         dict[int, float], BeforeValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)
     ] = {}
