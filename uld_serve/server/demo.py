@@ -22,7 +22,7 @@ from uld_serve.evaluation.metrics import recall
 from uld_serve.profiles.registry import BUILTIN, Registry
 from uld_serve.server.process import running_server
 
-QUESTION = "Who are Harry Potter's two best friends?"
+QUESTION = "What is the name of Harry Potter's school?"
 PROFILE = "harry-potter"
 MAX_TOKENS = 64
 
