@@ -179,7 +179,7 @@ def _run(peer: Peer, model: Path, prompts: Path, args: argparse.Namespace) -> It
         "--time-limit", str(args.time_limit), "--assistant-layers", str(args.assistant_layers),
         "--threads", str(args.threads), *peer.arguments,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "GOMP_SPINCOUNT": "10000", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise Unavailable(_last_lines(done.stderr) or f"exit status {done.returncode}")
