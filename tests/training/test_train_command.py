@@ -253,3 +253,18 @@ def test_a_profile_is_named_as_told_or_for_its_folder(
     assert told["name"] == name
     assert (told["out"], told["resume"]) == (tmp_path / "out", True)
     assert told["readme"] == "# How this was made\n"
+
+
+@pytest.mark.parametrize(("rise", "warns"), [(0.2, True), (3.0, False), (None, False)])
+def test_a_profile_that_forgets_little_is_called_so(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rise: float | None,
+    warns: bool,
+) -> None:
+    outcome = run_module.Outcome(tiny.version("late-fork"), {"measured": {}, "data": {}}, rise)
+    monkeypatch.setattr(command, "train", lambda *_, **__: outcome)
+    assert command.run(parse(*arguments(tiny, tmp_path), out=str(tmp_path / "new"))) == 0
+    assert ("forgets little" in " ".join(capsys.readouterr().err.split())) is warns

@@ -21,7 +21,8 @@ from uld_serve.training.run import refuse_existing, train
 from uld_serve.training.settings import METHODS, Settings, defaults
 
 DEMO = Path(__file__).parent / "data" / "harry_potter"
-DEMO_NAME = "harry-potter"
+# Nats a token. `profiles verify` wants 2.5; below this a profile is hardly more than the base.
+LITTLE = 1.0
 # Options that stand for a field of Settings, with their type and help; None keeps the method's default.
 SETTINGS: Mapping[str, tuple[type, str]] = {
     "steps": (int, "optimiser steps"),
@@ -110,6 +111,12 @@ def run(args: argparse.Namespace) -> int:
         )
     found = {"profile": outcome.version.ref, "path": str(args.out), "measured": outcome.record["measured"]}
     console.print_json(json.dumps({**found, "data": outcome.record["data"]}))
+    rise = outcome.forget_rise
+    if rise is not None and rise < LITTLE:
+        console.print(
+            f"warning: the held-out forget answers became only {rise:.2f} nats a token less likely, so this profile "
+            "forgets little; train longer, or see `uld-serve profiles verify`"
+        )
     if args.json:
         print(json.dumps(found))
     return 0

@@ -40,6 +40,8 @@ REPLAY_TOKENS = 32
 class Outcome:
     version: ProfileVersion
     record: dict[str, object]
+    forget_rise: float | None
+    """Nats a token by which the rule makes held-out forget answers less likely; None without held-out prompts."""
 
 
 def train(
@@ -74,7 +76,8 @@ def train(
     for parameter in assistant.trained().values():
         parameter.data = parameter.data.to(base.dtype)  # as stored and served, so that it is what is measured
     record = _record(settings, prepared, log)
-    record["measured"] = _measure(base, assistant, prepared, profile.rule, stage)
+    measured = _measure(base, assistant, prepared, profile.rule, stage)
+    record["measured"] = {name: found.rounded() for name, found in measured.items()}
     advance = stage("recording replay probes", 1)
     probes = probes.model_copy(update={"replay": _replay(base, assistant, prepared, profile.rule)})
     advance(1)
@@ -85,7 +88,7 @@ def train(
             out, profile, adapters={ADAPTER: Path(folder)}, probes=probes, training=record, readme=readme
         )
     shutil.rmtree(work)
-    return Outcome(written, record)
+    return Outcome(written, record, measured["forget"].rise if "forget" in measured else None)
 
 
 def refuse_existing(out: Path) -> None:
@@ -185,17 +188,17 @@ def _measure(
     prepared: Prepared,
     rule: RuleSpec,
     stage: Stage,
-) -> dict[str, object]:
+) -> dict[str, measure.Likelihood]:
     """What the rule does to the held-out answers."""
     groups = {"forget": prepared.probe_forget, "retain": prepared.probe_retain}
     protected_ids = measure.protected_ids(base)
-    measured: dict[str, object] = {}
+    measured: dict[str, measure.Likelihood] = {}
     for name, group in groups.items():
         if group:
             advance = stage(f"measuring: {name}", 1)
             seen = _seen(assistant, [(one.prompt_ids, one.answer_ids) for one in group])
             found = measure.likelihood(assistant, seen, rule, protected_ids=protected_ids)
-            measured[name] = found.rounded()
+            measured[name] = found
             advance(1)
     return measured
 
