@@ -100,9 +100,10 @@ class AsyncEngine:
         self._engine.validate(prompt_ids, params)
         stream = _Stream(request_id, asyncio.get_running_loop(), asyncio.Queue())
         self._inbox.put(lambda: self._add(stream, prompt_ids, params, decision))
-        if (
-            not self.is_alive
-        ):  # the loop may have ended since it was asked, and nobody would read the inbox again
+        if not self.is_alive:
+            # The loop may have ended since it was asked, and nobody would read the inbox again. If it has not, it
+            # must not work for nobody.
+            self._inbox.put(lambda: self._abort(stream))
             raise self._failure or EngineStopped("the server is stopping; send the request elsewhere")
         self._num_open += 1
         is_finished = False
