@@ -1,78 +1,23 @@
 """Attention of a widened batch over one block table. Hugging Face layers call `paged_attention` by name.
 
-Target rows write their keys and values; every row, target or assistant, then attends over the target's
-blocks of its own sequence up to its own position (borrowed KV). Keys and values that a layer computes for
-assistant rows are dropped. Knows no request, profile or scheduler: `Geometry` says which row is where.
+Some rows write their keys and values; every row then attends over the blocks of its own lane up to its own
+position. Assistants that borrow attend over the target's blocks, and the keys and values that a layer computes for
+them are dropped. Knows no request, profile or scheduler: `Geometry` says which row is where.
 
-Shapes: N rows active in the layer (target rows first), T target rows, H query heads, K key/value heads,
-D head width, S sequences of a group, Q query rows of a sequence (padded), C context slots (padded), B blocks of them.
+Shapes: N rows active in the layer, H query heads, K key/value heads, D head width, S sequences of a group, Q query
+rows of a sequence (padded), C context slots (padded), B blocks of them.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from math import inf
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from uld_serve.errors import ModelUnsupported
-from uld_serve.model.kv_cache import KVCache
+from uld_serve.model.geometry import QUERY_MULTIPLE, Geometry
 
 ATTENTION_NAME = "uld_paged"
-# The CPU's products sum rows in fours in one order and what is left over in another. Queries are filled up to a
-# multiple, so that what a row gets depends neither on its neighbours nor on how its prompt was cut up.
-QUERY_MULTIPLE = 4
-
-
-@dataclass(slots=True)
-class SequenceGroup:
-    """Sequences that attend in one call: all that decode together, or one that prefills.
-
-    rows_SQ: row of the layer's batch each query comes from (padding repeats a row).
-    positions_SQ: the query's position. blocks_SB: cache blocks of each context, C = B * block_size positions.
-    moves: flat (S*Q) index and row of every real query, to write results back; None where the queries are the
-    layer's rows in order, so that nothing has to be moved.
-    """
-
-    rows_SQ: torch.Tensor
-    positions_SQ: torch.Tensor
-    blocks_SB: torch.Tensor
-    moves: tuple[torch.Tensor, torch.Tensor] | None
-    same_position: bool
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-
-    def mask(self, window: int | None, *, num_slots: int, dtype: torch.dtype) -> torch.Tensor:
-        """(S, 1, Q, C), added to scores: 0 where p - window < c <= p for a query at p, else -inf. Made once for
-        all layers, in the queries' dtype: a bool mask would be turned into this in every layer."""
-        if window not in self.masks:
-            context_C = torch.arange(num_slots, device=self.blocks_SB.device)
-            queries = self.positions_SQ[:, :1] if self.same_position else self.positions_SQ
-            visible_SQC = context_C <= queries[..., None]
-            if window is not None:
-                visible_SQC &= context_C > queries[..., None] - window
-            hidden_SQC = torch.zeros(visible_SQC.shape, dtype=dtype, device=context_C.device)
-            self.masks[window] = hidden_SQC.masked_fill_(~visible_SQC, -inf)[:, None]
-        return self.masks[window]
-
-    def queries(self, query_NHD: torch.Tensor) -> torch.Tensor:
-        """(S, Q, H, D)"""
-        if self.moves is None:
-            return query_NHD.view(*self.rows_SQ.shape, *query_NHD.shape[1:])
-        return query_NHD.index_select(0, self.rows_SQ.flatten()).view(
-            *self.rows_SQ.shape, *query_NHD.shape[1:]
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Where the rows of one layer's batch write and look. The same for all layers between two forks or exits."""
-
-    num_target_rows: int
-    slots_T: torch.Tensor
-    groups: tuple[SequenceGroup, ...]
-    cache: KVCache
 
 
 def paged_attention(
@@ -98,24 +43,28 @@ def paged_attention(
     if softcap is not None or getattr(module, "sinks", None) is not None:
         raise ModelUnsupported(f"{type(module).__name__} soft-caps or sinks its attention; not served")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    num_targets = geometry.num_target_rows
-    geometry.cache.write(
-        layer,
-        geometry.slots_T,
-        key[0, :, :num_targets].transpose(0, 1),
-        value[0, :, :num_targets].transpose(0, 1),
-    )
+    for write in geometry.writes:
+        rows = slice(write.first, write.end)
+        write.cache.write(
+            layer - write.first_layer,
+            write.slots_T,
+            key[0, :, rows].transpose(0, 1),
+            value[0, :, rows].transpose(0, 1),
+        )
     query_NHD = query[0].transpose(0, 1)
     out_NHD = torch.empty_like(query_NHD, memory_format=torch.contiguous_format)
     for group in geometry.groups:
-        keys_SKCD, values_SKCD = geometry.cache.gather(layer, group.blocks_SB)
+        keys_SKCD, values_SKCD = group.cache.gather(layer - group.first_layer, group.blocks_SB)
         mask = group.mask(sliding_window, num_slots=keys_SKCD.shape[2], dtype=query.dtype)
         attend = _attend_one_position if group.same_position else _attend
         out_XHD = attend(group.queries(query_NHD), keys_SKCD, values_SKCD, mask, scaling).flatten(0, 1)
-        if group.moves is None:
+        if group.moves is not None:
+            source_P, target_P = group.moves
+            out_NHD.index_copy_(0, target_P, out_XHD.index_select(0, source_P))
+        elif group.num_queries == out_NHD.shape[0]:
             return out_XHD[None], None
-        source_P, target_P = group.moves
-        out_NHD.index_copy_(0, target_P, out_XHD.index_select(0, source_P))
+        else:
+            out_NHD[group.first : group.first + group.num_queries] = out_XHD
     return out_NHD[None], None
 
 

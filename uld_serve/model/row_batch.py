@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from uld_serve.model.attention import QUERY_MULTIPLE, Geometry, SequenceGroup
+from uld_serve.model.geometry import QUERY_MULTIPLE, Geometry, SequenceGroup, Write
 from uld_serve.model.kv_cache import KVCache
 
 
@@ -75,15 +75,21 @@ class RowBatch:
         groups = []
         for members, blocks_SB, is_decode in contexts.groups:
             rows = [self._rows_of(self.sequences[member], riders) for member in members]
-            groups.append(self._group(rows, active, blocks_SB, is_decode))
-        return Geometry(self.num_target_rows, self.slots_T, tuple(groups), cache)
+            groups.append(self._group(rows, active, cache, blocks_SB, is_decode))
+        write = Write(cache, 0, 0, self.num_target_rows, self.slots_T)
+        return Geometry((write,), tuple(groups))
 
     def _rows_of(self, sequence: SequenceRows, riders: dict[int, list[int]]) -> list[int]:
         targets = range(sequence.start, sequence.start + sequence.count)
         return [*targets, *(row for target in targets for row in riders.get(target, ()))]
 
     def _group(
-        self, rows: list[list[int]], active: Sequence[int], blocks_SB: torch.Tensor, is_decode: bool
+        self,
+        rows: list[list[int]],
+        active: Sequence[int],
+        cache: KVCache,
+        blocks_SB: torch.Tensor,
+        is_decode: bool,
     ) -> SequenceGroup:
         device = blocks_SB.device
         width = max(len(own) for own in rows)
@@ -97,10 +103,13 @@ class RowBatch:
             source_P = [s * width + q for s, own in enumerate(rows) for q in range(len(own))]
             moves = torch.tensor(source_P, device=device), torch.tensor(target_P, device=device)
         return SequenceGroup(
+            cache=cache,
+            first_layer=0,
             rows_SQ=rows_SQ,
             positions_SQ=self.positions_of(active)[rows_SQ],
             blocks_SB=blocks_SB,
             moves=moves,
+            first=0,
             same_position=is_decode,
         )
 

@@ -1,0 +1,90 @@
+"""Where the rows of one layer's batch write keys and values, and where they look. Built by row_batch, read by
+attention. Knows no request, profile or model.
+
+A lane is rows that write to one cache and read from one block table: a sequence's target rows with the assistants
+that borrow from it, or the rows of one assistant with keys and values of its own.
+
+Shapes: N rows active in the layer, T rows of a write, S sequences of a group, Q query rows of a sequence (padded),
+C context slots (padded), B blocks of them, H query heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+
+import torch
+
+from uld_serve.model.kv_cache import KVCache
+
+# The CPU's products sum rows in fours in one order and what is left over in another. Queries are filled up to a
+# multiple, so that what a row gets depends neither on its neighbours nor on how its prompt was cut up.
+QUERY_MULTIPLE = 4
+
+
+@dataclass(slots=True)
+class SequenceGroup:
+    """Lanes of one cache that attend in one call: all that decode together, or one that prefills.
+
+    `cache` holds the model's layer `first_layer` as its layer 0. rows_SQ: row of the layer's batch each query comes
+    from (padding repeats a row). positions_SQ: the query's position. blocks_SB: cache blocks of each context,
+    C = B * block_size positions. moves: flat (S*Q) index and row of every real query, to write results back; None
+    where the queries are the S*Q rows from `first` on, in order, so that nothing has to be moved.
+    """
+
+    cache: KVCache
+    first_layer: int
+    rows_SQ: torch.Tensor
+    positions_SQ: torch.Tensor
+    blocks_SB: torch.Tensor
+    moves: tuple[torch.Tensor, torch.Tensor] | None
+    first: int
+    same_position: bool
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def num_queries(self) -> int:
+        """S * Q, padding included."""
+        return self.rows_SQ.numel()
+
+    def mask(self, window: int | None, *, num_slots: int, dtype: torch.dtype) -> torch.Tensor:
+        """(S, 1, Q, C), added to scores: 0 where p - window < c <= p for a query at p, else -inf. Made once for
+        all layers, in the queries' dtype: a bool mask would be turned into this in every layer."""
+        if window not in self.masks:
+            context_C = torch.arange(num_slots, device=self.blocks_SB.device)
+            queries = self.positions_SQ[:, :1] if self.same_position else self.positions_SQ
+            visible_SQC = context_C <= queries[..., None]
+            if window is not None:
+                visible_SQC &= context_C > queries[..., None] - window
+            hidden_SQC = torch.zeros(visible_SQC.shape, dtype=dtype, device=context_C.device)
+            self.masks[window] = hidden_SQC.masked_fill_(~visible_SQC, -inf)[:, None]
+        return self.masks[window]
+
+    def queries(self, query_NHD: torch.Tensor) -> torch.Tensor:
+        """(S, Q, H, D)"""
+        if self.moves is None:
+            own_XHD = query_NHD[self.first : self.first + self.num_queries]
+        else:
+            own_XHD = query_NHD.index_select(0, self.rows_SQ.flatten())
+        return own_XHD.view(*self.rows_SQ.shape, *query_NHD.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Rows [first, end) write their keys and values to slots_T of `cache`, which holds the model's layer
+    `first_layer` as its layer 0. Rows in no write keep none: theirs are dropped."""
+
+    cache: KVCache
+    first_layer: int
+    first: int
+    end: int
+    slots_T: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Writes come before reads. Every row is in exactly one group. The same for all layers between two forks or
+    exits."""
+
+    writes: tuple[Write, ...]
+    groups: tuple[SequenceGroup, ...]
