@@ -6,9 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from uld_serve.profiles.adapter import LoraAdapter
 from uld_serve.profiles.probes import Probes
@@ -54,12 +62,29 @@ class BaseSpec(BaseModel):
     num_layers: Annotated[int, Field(ge=1, le=1024)]
 
 
+class ModelSpec(BaseModel):
+    """A separate assistant model: other weights, the base's vocabulary token by token.
+
+    `id` is a directory, absolute or relative to the profile's own ("../models/small"), or a Hugging Face id. It may
+    not lie inside the profile's directory. Two streams that record one fingerprint share one model in memory.
+    """
+
+    model_config = _FROZEN
+
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    fingerprint: Sha256
+    tokenizer: Sha256
+
+
 class StreamSpec(BaseModel):
     """One assistant.
 
     It enters as a copy of the target's row at layer `fork` (0 = the embedding), runs layers fork..exit-1 with
     `adapter`, and leaves to the shared final norm and head. kv "borrowed" attends over the target's keys
     and values and keeps none; "own" keeps its own.
+
+    With `model` it runs in that model instead of the base: all its layers (fork 0, exit = their number), with keys
+    and values of its own; `adapter` is then optional.
     """
 
     model_config = _FROZEN
@@ -69,6 +94,7 @@ class StreamSpec(BaseModel):
     exit: Annotated[int, Field(ge=1)]
     kv: Literal["borrowed", "own"]
     adapter: Name | None = None
+    model: ModelSpec | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -76,7 +102,17 @@ class StreamSpec(BaseModel):
             raise ValueError(f"stream '{self.name}' forks at layer {self.fork} but exits at {self.exit}")
         if self.name == TARGET:
             raise ValueError("a stream cannot be called 'target': that is the base's own")
+        if self.model is not None and (self.fork != 0 or self.kv != "own"):
+            raise ValueError(
+                f"stream '{self.name}' runs in a model of its own, so it needs fork 0 and kv 'own'"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_model(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Streams of the base are written as they were before there were others."""
+        fields: dict[str, object] = serialize(self)
+        return {name: value for name, value in fields.items() if name != "model" or value is not None}
 
 
 class FilterSpec(BaseModel):
@@ -171,7 +207,7 @@ class Profile(BaseModel):
         if len(set(names)) != len(names):
             raise ValueError("two streams have the same name")
         for stream in self.streams:
-            if stream.exit > self.base.num_layers:
+            if stream.model is None and stream.exit > self.base.num_layers:
                 raise ValueError(
                     f"stream '{stream.name}' exits at layer {stream.exit} of {self.base.num_layers}"
                 )
@@ -220,12 +256,14 @@ class ProfileVersion:
     """A profile as verified from its files; immutable, and the same for ever under its digest.
 
     `adapters` is by stream name, with "target" for the target's own adapter. Looking one up may read it from disk.
+    `directory` is where its files lie; None for a version that was made in memory.
     """
 
     profile: Profile
     digest: str
     adapters: Mapping[str, LoraAdapter]
     probes: Probes
+    directory: Path | None = None
 
     @property
     def name(self) -> str:
@@ -238,6 +276,18 @@ class ProfileVersion:
     @property
     def ref(self) -> str:
         return f"{self.name}@{self.digest12}"
+
+    @property
+    def models(self) -> dict[str, ModelSpec]:
+        """The separate models that its streams run in, by fingerprint."""
+        named = [stream.model for stream in self.profile.streams if stream.model is not None]
+        return {model.fingerprint: model for model in named}
+
+    def locate(self, model: ModelSpec) -> str:
+        """What to load a separate model from: a path relative to the profile's directory is made absolute."""
+        if self.directory is not None and model.id.startswith(("./", "../")):
+            return str((self.directory / model.id).resolve())
+        return model.id
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,9 @@ def read_profile(directory: Path) -> ProfileVersion:
     }
     digest = _digest(_sums(files))
     adapters = AdapterShelf(profile.name, shelved)
-    return ProfileVersion(profile=profile, digest=digest, adapters=adapters, probes=probes)
+    return ProfileVersion(
+        profile=profile, digest=digest, adapters=adapters, probes=probes, directory=directory.resolve()
+    )
 
 
 def read_training_record(directory: Path) -> dict[str, object]:
