@@ -1,7 +1,8 @@
 """Lowers every Triton kernel to PTX and machine code for sm_80 and sm_90, without a GPU: `make kernel-compile`.
 
 A syntax or type error, or a kernel that needs more registers or shared memory than there are, shows here first.
-Prints one line a variant (registers, spilled bytes, shared bytes), then one JSON line."""
+Prints one line a variant (registers, spilled bytes, shared bytes), then one JSON line. With an argument: only kernels
+with that in their name."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,11 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from uld_kernels import finish_triton, scan_triton, select_triton
+from uld_kernels import attention_triton, finish_triton, scan_triton, select_triton
 from uld_kernels.sampler_triton import LIST_BLOCK, SCAN_BLOCK
 
 TARGETS = (80, 90)
-LOGITS_TYPES = ("fp32", "bf16", "fp16")
+TYPES = ("fp32", "bf16", "fp16")
+# Pointers whose type is the base's; the other ones have one type each.
+TYPED_POINTERS = ("logits_ptr", "query_ptr", "keys_ptr", "values_ptr", "out_ptr")
 POINTER_TYPES = {
     "ints_ptr": "i32",
     "term_ints_ptr": "i32",
@@ -40,8 +44,11 @@ POINTER_TYPES = {
     "num_kept_ptr": "i64",
     "argmax_changed_ptr": "i1",
     "top_ids_ptr": "i64",
+    "rows_ptr": "i64",
+    "blocks_ptr": "i64",
+    "lengths_ptr": "i32",
 }
-SCALAR_TYPES = {"log_vocab_size": "fp32", "stride_row": "i64"}
+SCALAR_TYPES = {"log_vocab_size": "fp32", "stride_row": "i64", "scale_log2": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -49,19 +56,70 @@ class Variant:
     kernel: triton.JITFunction
     constants: dict[str, int] = field(default_factory=dict)
     num_warps: int = 8
+    num_stages: int = 3
+    is_fused: bool = False  # multiply and add in one rounding, where the launcher allows it
+    types: tuple[str, ...] = ()
 
-    def signature(self, logits_type: str) -> dict[str, str]:
+    @property
+    def type_names(self) -> tuple[str, ...]:
+        """Of the pointers in TYPED_POINTERS; one, whichever, for a kernel that has none of them."""
+        return self.types or (TYPES if set(TYPED_POINTERS) & set(self.kernel.arg_names) else ("fp32",))
+
+    @property
+    def attributes(self) -> dict[tuple[int], list[list[str | int]]]:
+        """What a launch finds out by itself: tensors and the strides of whole heads lie at multiples of 16."""
+        names = enumerate(self.kernel.arg_names)
+        aligned = [index for index, name in names if name.endswith("_ptr") or "_stride_" in name]
+        return {(index,): [["tt.divisibility", 16]] for index in aligned}
+
+    def signature(self, type_name: str) -> dict[str, str]:
         types = {}
         for name in self.kernel.arg_names:
             if name in self.constants:
                 types[name] = "constexpr"
-            elif name == "logits_ptr":
-                types[name] = f"*{logits_type}"
+            elif name in TYPED_POINTERS:
+                types[name] = f"*{type_name}"
             elif name.endswith("_ptr"):
                 types[name] = f"*{POINTER_TYPES.get(name, 'fp32')}"
             else:
                 types[name] = SCALAR_TYPES.get(name, "i32")
         return types
+
+
+def attention_variants() -> Iterator[Variant]:
+    """Llama 8B's heads with one chunk, with several and with a window; SmolLM2's; widths that fill no tile."""
+    for heads, group, width, window in (
+        (32, 4, 128, 0),
+        (32, 4, 128, 4096),
+        (9, 3, 64, 0),
+        (8, 8, 96, 0),
+        (4, 1, 256, 0),
+    ):
+        for type_name, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
+            shape = {
+                "NUM_HEADS": heads,
+                "WINDOW": window,
+                "BLOCK_N": attention_triton.block_n(width, itemsize),
+                "BLOCK_SIZE": 16,
+                "WIDTH": width,
+                "BLOCK_D": attention_triton.block_d(width),
+            }
+            for is_direct in (0, 1):
+                yield Variant(
+                    attention_triton._decode_attention_kernel,
+                    {**shape, "GROUP": group, "IS_DIRECT": is_direct, "IS_UPCAST": 0},
+                    num_warps=attention_triton.NUM_WARPS,
+                    num_stages=attention_triton.NUM_STAGES,
+                    is_fused=True,
+                    types=(type_name,),
+                )
+            yield Variant(
+                attention_triton._merge_chunks_kernel,
+                shape,
+                num_warps=attention_triton.NUM_WARPS,
+                is_fused=True,
+                types=(type_name,),
+            )
 
 
 # Tiles and groups of V = 32,000 to 151,936 at the launcher's block sizes.
@@ -77,6 +135,7 @@ VARIANTS = (
     ),
     Variant(finish_triton._finish_kernel, {"MAX_TERMS": 1, "BLOCK": LIST_BLOCK}),
     Variant(finish_triton._finish_kernel, {"MAX_TERMS": 4, "BLOCK": LIST_BLOCK}),
+    *attention_variants(),
 )
 
 
@@ -94,22 +153,29 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main() -> int:
     num_lowered = num_tried = 0
-    for variant in VARIANTS:
-        takes_logits = "logits_ptr" in variant.kernel.arg_names
-        for logits_type in LOGITS_TYPES if takes_logits else ("fp32",):
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    for variant in (one for one in VARIANTS if wanted in one.kernel.__name__):
+        for type_name in variant.type_names:
             source = ASTSource(
-                variant.kernel, signature=variant.signature(logits_type), constexprs=dict(variant.constants)
+                variant.kernel,
+                signature=variant.signature(type_name),
+                constexprs=dict(variant.constants),
+                attrs=variant.attributes,
             )
             for capability in TARGETS:
                 compiled = triton.compile(
                     source,
                     target=GPUTarget("cuda", capability, 32),
-                    options={"num_warps": variant.num_warps, "enable_fp_fusion": False},
+                    options={
+                        "num_warps": variant.num_warps,
+                        "num_stages": variant.num_stages,
+                        "enable_fp_fusion": variant.is_fused,
+                    },
                 )
                 usage = resources(compiled.asm["cubin"])
                 name = variant.kernel.__name__
                 print(
-                    f"{name:26} {logits_type:5} sm_{capability} {variant.constants} registers {usage['reg']} "
+                    f"{name:26} {type_name:5} sm_{capability} {variant.constants} registers {usage['reg']} "
                     f"stack {usage['stack']} shared {compiled.metadata.shared}",
                     flush=True,
                 )
