@@ -22,8 +22,9 @@ from uld_serve.model.head import Head, Scores
 from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.loading import Base
 from uld_serve.model.packed_linear import can_pack, pack_linears
-from uld_serve.model.row_batch import Contexts, RowBatch, SequenceRows
+from uld_serve.model.row_batch import RowBatch, SequenceRows
 from uld_serve.model.shared_input import share_inputs
+from uld_serve.model.span import AdapterSeats, Caches, Contexts, Span, geometry, spans
 
 RotaryTables = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -85,55 +86,59 @@ class Decoder:
         return int(self.base.model.config.get_text_config().max_position_embeddings)
 
     @torch.inference_mode()
-    def forward(self, batch: RowBatch, cache: KVCache) -> Scores:
-        """Run one step's rows: scores of the batch's head rows first, then of its assistants, the late ones last."""
-        hidden_RD = self.norm(self._hidden(batch, cache))
+    def forward(self, batch: RowBatch, cache: KVCache, own: KVCache | None = None) -> Scores:
+        """Run one step's rows: scores of the batch's head rows first, then of its assistants, the late ones last.
+        Assistants with keys and values of their own keep them in `own`."""
+        hidden_RD = self.norm(self._hidden(batch, Caches(cache, own)))
         num_whole = hidden_RD.shape[0] - sum(row.is_late for row in batch.assistants)
         late = self.head.late(hidden_RD[num_whole:]) if num_whole < hidden_RD.shape[0] else None
         return Scores(self.head.logits(hidden_RD[:num_whole]), late)
 
-    def _hidden(self, batch: RowBatch, cache: KVCache) -> torch.Tensor:
+    def _hidden(self, batch: RowBatch, caches: Caches) -> torch.Tensor:
         contexts = Contexts.of(batch.sequences, batch.positions_T.device)
         hidden_ND = self.embed(batch.token_ids_T)
         tables = self._rotary_tables(hidden_ND, batch.positions_T)
-        left: dict[int, torch.Tensor] = {}
-        active: tuple[int, ...] = ()
-        for first, end, riders in batch.spans(len(self.layers)):
-            hidden_ND = _reseat(hidden_ND, batch, active, riders, left)
-            active = riders
-            hidden_ND = self._run_layers(hidden_ND, first, end, batch, active, contexts, cache, tables)
-        num_targets = batch.num_target_rows
-        left |= {index: hidden_ND[num_targets + row] for row, index in enumerate(active)}
+        order: list[int] = []
+        left: list[torch.Tensor] = []
+        before: Span | None = None
+        for span in spans(batch, len(self.layers)):
+            hidden_ND = _reseat(hidden_ND, batch.num_target_rows, before, span)
+            hidden_ND = self._run_layers(hidden_ND, span, batch, contexts, caches, tables)
+            assistants, rows = span.leaving()
+            if rows:
+                order += assistants
+                left.append(hidden_ND[torch.tensor(rows, device=hidden_ND.device)])
+            before = span
         targets_RD: torch.Tensor = hidden_ND[batch.head_rows]
         if not left:
             return targets_RD
-        whole_first = sorted(range(len(batch.assistants)), key=lambda i: batch.assistants[i].is_late)
-        return torch.cat([targets_RD, torch.stack([left[i] for i in whole_first])])
+        return torch.cat([targets_RD, _in_order(torch.cat(left), order, batch)])
 
     def _run_layers(
         self,
         hidden_ND: torch.Tensor,
-        first: int,
-        end: int,
+        span: Span,
         batch: RowBatch,
-        active: tuple[int, ...],
         contexts: Contexts,
-        cache: KVCache,
+        caches: Caches,
         tables: RotaryTables,
     ) -> torch.Tensor:
-        geometry = batch.geometry(active, cache, contexts)
-        positions = batch.positions_of(active)[None]
-        sources = torch.tensor([batch.assistants[i].source for i in active], device=hidden_ND.device)
-        seated = {kind: _with_riders(table, sources) for kind, table in tables.items()} if active else tables
-        self._seat_adapters(batch, active)
+        positions_N = batch.positions_T
+        seated = tables
+        if span.riders:
+            sources = torch.tensor(span.sources, device=hidden_ND.device)
+            positions_N = torch.cat([positions_N, positions_N[sources]])
+            seated = {kind: _with_riders(table, sources) for kind, table in tables.items()}
+        seen = geometry(batch, span, positions_N=positions_N, caches=caches, contexts=contexts)
+        self._seat_adapters(batch, span)
         try:
-            for index, layer in enumerate(self.layers[first:end], start=first):
+            for index, layer in enumerate(self.layers[span.first : span.end], start=span.first):
                 out = layer(
                     hidden_ND[None],
                     attention_mask=None,
-                    position_ids=positions,
+                    position_ids=positions_N[None],
                     position_embeddings=seated[self.layer_types[index]],
-                    geometry=geometry,
+                    geometry=seen,
                 )
                 hidden_ND = (out[0] if isinstance(out, tuple) else out)[0]
         finally:
@@ -147,11 +152,14 @@ class Decoder:
             return dict.fromkeys(self.layer_types, table)
         return {kind: self.rotary(hidden_ND[None], positions_T[None], kind) for kind in set(self.layer_types)}
 
-    def _seat_adapters(self, batch: RowBatch, active: tuple[int, ...]) -> None:
-        slots = [batch.assistants[i].slot for i in active]
-        for index in active:
-            self.bank.check(batch.assistants[index].adapter_key, batch.assistants[index].slot)
-        self.bank.rows.seat(batch.num_target_rows, slots, batch.positions_T.device)
+    def _seat_adapters(self, batch: RowBatch, span: Span) -> None:
+        for rider in span.riders:
+            self.bank.check(rider.adapter_key, rider.slot)
+        for rows in batch.sequences:
+            if rows.adapter_key is not None:
+                self.bank.check(rows.adapter_key, rows.slot)
+        seats = AdapterSeats.of(batch, span)
+        self.bank.rows.seat(seats.start, seats.slots, batch.positions_T.device)
 
     @torch.inference_mode()
     def self_check(self) -> None:
@@ -201,19 +209,21 @@ def _with_riders(
     return torch.cat([cos, cos[:, sources]], dim=1), torch.cat([sin, sin[:, sources]], dim=1)
 
 
-def _reseat(
-    hidden_ND: torch.Tensor,
-    batch: RowBatch,
-    before: tuple[int, ...],
-    after: tuple[int, ...],
-    left: dict[int, torch.Tensor],
-) -> torch.Tensor:
-    """Rows for the next run of layers: those that exit go to `left`, those that fork copy their source."""
-    if before == after:
+def _reseat(hidden_ND: torch.Tensor, num_targets: int, before: Span | None, after: Span) -> torch.Tensor:
+    """Rows for the next run of layers: those that stay, and copies of the target's for those that enter."""
+    if after.riders == (() if before is None else before.riders):
         return hidden_ND
-    num_targets = batch.num_target_rows
-    seat = {index: num_targets + row for row, index in enumerate(before)}
-    left |= {index: hidden_ND[seat[index]] for index in before if index not in after}
-    riders = [seat.get(index, batch.assistants[index].source) for index in after]
-    picks = torch.tensor([*range(num_targets), *riders], device=hidden_ND.device)
-    return hidden_ND[picks]
+    targets_TD = hidden_ND[:num_targets]
+    if not after.riders:
+        return targets_TD
+    picks = torch.tensor(after.picks(before), device=hidden_ND.device)
+    return torch.cat([targets_TD, hidden_ND.index_select(0, picks)])
+
+
+def _in_order(left_AD: torch.Tensor, order: list[int], batch: RowBatch) -> torch.Tensor:
+    """Assistants' rows, which left in `order`, as the batch has them: the late ones last."""
+    whole_first = sorted(range(len(batch.assistants)), key=lambda i: batch.assistants[i].is_late)
+    if order == whole_first:
+        return left_AD
+    place = {assistant: row for row, assistant in enumerate(order)}
+    return left_AD[torch.tensor([place[i] for i in whole_first], device=left_AD.device)]
