@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peer import Job, measure, options
+from peer import Job, options, work
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -39,7 +39,7 @@ def main() -> None:
             )
         return sum(len(output.generated_tokens) for output in outputs.values())
 
-    measure(args, generate)
+    work(generate)
 
 
 if __name__ == "__main__":

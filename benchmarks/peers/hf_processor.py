@@ -2,8 +2,8 @@
 
 The assistant is a separately held copy of the model's first layers. By default the processor keeps the assistant's
 KV cache from token to token. With --no-assistant-cache it runs the assistant over the whole sequence for every
-token, as the published ULD generation loop does; written from that description, and charitably: only the last
-position meets the LM head.
+token, as the published ULD generation loop is described; charitably: only the last position meets the LM head.
+With --head-everywhere all do, as in the transformers that the loop was written for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import time
 
 import torch
-from peer import Job, measure, options
+from peer import Job, options, work
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -41,9 +41,15 @@ class SubtractAssistant(LogitsProcessor):
     """b - strength * a on the tokens whose probability is at least TAU of the best one's; the rest is removed."""
 
     def __init__(
-        self, assistant: PreTrainedModel, attention_mask: torch.Tensor, *, keeps_cache: bool
+        self,
+        assistant: PreTrainedModel,
+        attention_mask: torch.Tensor,
+        *,
+        keeps_cache: bool,
+        head_everywhere: bool,
     ) -> None:
         self._assistant = assistant
+        self._kept_logits = 0 if head_everywhere else 1  # 0 is transformers' word for all of them
         self._mask = attention_mask
         self._cache = DynamicCache(config=assistant.config) if keeps_cache else None
 
@@ -58,7 +64,7 @@ class SubtractAssistant(LogitsProcessor):
             position_ids=positions[:, known:],
             past_key_values=self._cache,
             use_cache=self._cache is not None,
-            logits_to_keep=1,
+            logits_to_keep=self._kept_logits,
         ).logits[:, -1]
         floor = scores.max(dim=-1, keepdim=True).values + math.log(TAU)
         return (scores - STRENGTH * logits.to(scores.dtype)).masked_fill(scores < floor, -math.inf)
@@ -84,6 +90,7 @@ def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--no-assistant-cache", action="store_true")
+    parser.add_argument("--head-everywhere", action="store_true")
     parser.add_argument("--base-only", action="store_true", help="no processor at all")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -95,7 +102,9 @@ def main() -> None:
     @torch.inference_mode()
     def generate(job: Job) -> int:
         ids, mask = padded(job.prompts)
-        subtract = SubtractAssistant(assistant, mask, keeps_cache=not args.no_assistant_cache)
+        subtract = SubtractAssistant(
+            assistant, mask, keeps_cache=not args.no_assistant_cache, head_everywhere=args.head_everywhere
+        )
         out = model.generate(
             ids,
             attention_mask=mask,
@@ -108,7 +117,7 @@ def main() -> None:
         )
         return int((out.shape[1] - ids.shape[1]) * ids.shape[0])
 
-    measure(args, generate)
+    work(generate)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
-"""vLLM's CPU build, the base alone. Runs in the environment that run.py makes for it."""
+"""vLLM's CPU build, the base alone. Runs in the environment that run.py makes for it (roster.py)."""
 
 from __future__ import annotations
 
 import os
 
-from peer import Job, measure, options
+from peer import Job, options, work
 
 
 def main() -> None:
     args = options(__doc__ or "").parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    # Left alone it keeps one core for its front end and computes on the others only.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{args.threads - 1}")
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     from vllm import LLM, SamplingParams  # only now: it reads its settings when imported
 
-    llm = LLM(model=args.model, dtype="bfloat16", max_model_len=2048, max_num_seqs=max(args.batch))
+    llm = LLM(model=args.model, dtype="bfloat16", max_model_len=2048, max_num_seqs=args.max_batch)
 
     def generate(job: Job) -> int:
         params = SamplingParams(max_tokens=job.new_tokens, temperature=0.0, ignore_eos=True)
@@ -21,7 +23,7 @@ def main() -> None:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    measure(args, generate)
+    work(generate)
 
 
 if __name__ == "__main__":

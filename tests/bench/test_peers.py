@@ -1,11 +1,13 @@
-"""The side-by-side gives every peer the same fresh prompts and names the peers that could not run."""
+"""The side-by-side gives every peer the same fresh prompts in turn and names the peers that could not run."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
+import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,80 +15,140 @@ import pytest
 from tiny_base import Tiny
 
 PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
+MODULES = ("peer", "worker", "roster", "run")
 
-# Says how many tokens it made as a peer would, and stops early at batch 2.
+# Says how many tokens it made as a peer would, stops early at batch 2, and keeps what it was asked.
 HONEST = """
 import sys
 sys.path.insert(0, {folder!r})
-from peer import measure, options
-measure(options("").parse_args(), lambda job: 3 if len(job.prompts) == 2 else job.new_tokens * len(job.prompts))
+from peer import options, work
+options("").parse_args()
+def generate(job):
+    with open({asked!r}, "a") as file:
+        file.write("{name} " + job.line + chr(10))
+    return 3 if len(job.prompts) == 2 else job.new_tokens * len(job.prompts)
+print("chatter of a library")
+work(generate)
 """
 BROKEN = "raise SystemExit('the anvil is missing')"
+FRAIL = HONEST.replace(
+    "    return", "    if job.new_tokens > 4: raise SystemExit('out of breath')" + chr(10) + "    return"
+)
 
 
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"peers_{name}", PEERS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """The scripts' modules; they import each other by their bare names, as scripts in one folder do."""
+    monkeypatch.syspath_prepend(str(PEERS))
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield {name: importlib.import_module(name) for name in MODULES}
+    for name in MODULES:
+        sys.modules.pop(name, None)
 
 
-def test_no_prompt_is_used_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_peer_answers_one_line_a_job(
+    peers: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    peer = load("peer", monkeypatch)
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text(json.dumps([[number] for number in range(8)]))
-    seen: list[tuple[list[list[int]], int]] = []
+    job = peers["peer"].Job([[1], [2, 3]], 5, 9.0)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(job.line + chr(10)))
+    seen = []
 
-    def generate(job: object) -> int:
-        seen.append((job.prompts, job.new_tokens))
-        return len(job.prompts) * job.new_tokens
+    def generate(given: object) -> int:
+        seen.append(given)
+        return 10
 
-    args = argparse.Namespace(prompts=prompts, batch=[1, 3], new_tokens=10, time_limit=5.0)
-    peer.measure(args, generate)
-    assert seen == [([[0]], 4), ([[1]], 10), ([[2], [3], [4]], 4), ([[5], [6], [7]], 10)]
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(one["batch"], one["tokens"], one["is_whole"]) for one in lines] == [(1, 10, True), (3, 30, True)]
+    peers["peer"].work(generate)
+    ready, answer = capsys.readouterr().out.splitlines()
+    assert ready == peers["peer"].READY
+    assert json.loads(answer)["tokens"] == 10
+    assert seen == [job]
+
+
+def run(
+    peers: dict[str, ModuleType],
+    scripts: dict[str, str],
+    tiny: Tiny,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: str,
+) -> tuple[int, list[tuple[str, dict]]]:
+    """Exit status, and (peer, job) in the order in which they ran."""
+    asked = folder / "asked"
+    asked.touch()
+    for name, text in scripts.items():
+        (folder / f"{name}.py").write_text(text.format(folder=str(PEERS), asked=str(asked), name=name))
+    roster = peers["roster"]
+    made = {
+        name: roster.Peer(str(folder / f"{name}.py"), (), name, roster.our_python, name == "slow")
+        for name in scripts
+    }
+    monkeypatch.setattr(peers["run"], "PEERS", made)
+    monkeypatch.setattr(peers["run"], "OURS", next(iter(scripts)))
+    monkeypatch.setattr(peers["run"], "embedded_model_dir", lambda: tiny.folder)
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments, "--json"])
+    status = peers["run"].main()
+    lines = [line.partition(" ") for line in asked.read_text().splitlines()]
+    return status, [(name, json.loads(job)) for name, _, job in lines]
+
+
+def test_peers_take_turns_on_fresh_prompts(
+    peers: dict[str, ModuleType],
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scripts = {"a": HONEST, "b": HONEST, "slow": HONEST}
+    arguments = ("--batch", "1", "--new-tokens", "5", "--rounds", "3")
+    status, jobs = run(peers, scripts, tiny, tmp_path, monkeypatch, *arguments)
+    assert status == 0
+    assert [name for name, _ in jobs] == ["a", "b", "slow"] * 2 + ["b", "a"] + ["a", "b"]
+    assert [job["new_tokens"] for _, job in jobs] == [4] * 3 + [5] * 7
+    rounds = [jobs[first][1]["prompts"] for first in (0, 3, 6, 8)]
+    assert jobs[1][1]["prompts"] == rounds[0]
+    assert len({str(one) for one in rounds}) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert {one["peer"]: one["rounds"] for one in found["results"]} == {"a": 3, "b": 3, "slow": 1}
+    speeds = {one["peer"]: one["tokens_per_s"] for one in found["results"]}
+    assert found["ratios"]["1"]["a/b"] == pytest.approx(speeds["a"] / speeds["b"], rel=1e-3)
 
 
 def test_a_peer_that_fails_is_named_and_the_others_are_measured(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    peers: dict[str, ModuleType],
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = load("run", monkeypatch)
-    scripts = {"honest": HONEST.format(folder=str(PEERS)), "broken": BROKEN}
-    for name, text in scripts.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    made = {name: run.Peer(str(tmp_path / f"{name}.py"), (), name, run.our_python) for name in scripts}
-    monkeypatch.setattr(run, "PEERS", made)
-    monkeypatch.setattr(run, "embedded_model_dir", lambda: tiny.folder)
-    monkeypatch.setattr(sys, "argv", ["run.py", "--batch", "1", "2", "--new-tokens", "5", "--json"])
-    assert run.main() == 1
+    scripts = {"honest": HONEST, "broken": BROKEN, "frail": FRAIL}
+    arguments = ("--batch", "1", "2", "--new-tokens", "5", "--rounds", "1")
+    status, _ = run(peers, scripts, tiny, tmp_path, monkeypatch, *arguments)
+    assert status == 1
     found = json.loads(capsys.readouterr().out)
-    assert list(found["not_run"]) == ["broken"]
-    assert "the anvil is missing" in found["not_run"]["broken"]
+    assert {name: reason.split(" |")[-1] for name, reason in found["not_run"].items()} == {
+        "broken": "the anvil is missing", "frail": "out of breath",
+    }  # fmt: skip
     by_place = {(one["peer"], one["batch"]): one for one in found["results"]}
     assert set(by_place) == {(name, batch) for name in scripts for batch in (1, 2)}
     assert by_place["honest", 1]["is_whole"] is True
-    assert by_place["honest", 2] | {"tokens_per_s": 0} == {
-        "peer": "honest", "batch": 2, "tokens_per_s": 0, "tokens": 3, "is_whole": False, "note": "",
-    }  # fmt: skip
-    assert by_place["broken", 1]["tokens_per_s"] is None
+    assert (by_place["honest", 2]["tokens"], by_place["honest", 2]["is_whole"]) == (3, False)
+    assert by_place["broken", 1]["tokens_per_s"] is by_place["frail", 1]["tokens_per_s"] is None
+    assert found["ratios"] == {"1": {}, "2": {}}
 
 
-def test_an_environment_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = load("run", monkeypatch)
-    monkeypatch.setattr(run.venv, "create", lambda folder, **_: (folder / "bin").mkdir(parents=True))
+def test_an_environment_that_cannot_be_made_says_why(
+    peers: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roster = peers["roster"]
+    monkeypatch.setattr(roster.venv, "create", lambda folder, **_: (folder / "bin").mkdir(parents=True))
     python = tmp_path / "env" / "bin" / "python"
 
     def refuse(command: list[object], **_: object) -> argparse.Namespace:
         assert command[0] == python
         return argparse.Namespace(returncode=1, stderr="ERROR: No matching distribution found")
 
-    monkeypatch.setattr(run.subprocess, "run", refuse)
-    with pytest.raises(run.Unavailable, match="No matching distribution"):
-        run.vllm_python(tmp_path / "env")
+    monkeypatch.setattr(roster.subprocess, "run", refuse)
+    with pytest.raises(roster.Unavailable, match="No matching distribution"):
+        roster.vllm_python(tmp_path / "env")
     assert not (tmp_path / "env" / ".ready").exists()
