@@ -20,13 +20,23 @@ sys.path.insert(0, str(Path(__file__).parent))
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from uld_kernels import attention_triton, finish_triton, scan_triton, select_triton
+from uld_kernels import attention_triton, finish_triton, lora_triton, scan_triton, select_triton
 from uld_kernels.sampler_triton import LIST_BLOCK, SCAN_BLOCK
 
 TARGETS = (80, 90)
 TYPES = ("fp32", "bf16", "fp16")
 # Pointers whose type is the base's; the other ones have one type each.
-TYPED_POINTERS = ("logits_ptr", "query_ptr", "keys_ptr", "values_ptr", "out_ptr")
+TYPED_POINTERS = (
+    "logits_ptr",
+    "query_ptr",
+    "keys_ptr",
+    "values_ptr",
+    "out_ptr",
+    "x_ptr",
+    "y_ptr",
+    "A_ptr",
+    "B_ptr",
+)
 POINTER_TYPES = {
     "ints_ptr": "i32",
     "term_ints_ptr": "i32",
@@ -47,6 +57,7 @@ POINTER_TYPES = {
     "rows_ptr": "i64",
     "blocks_ptr": "i64",
     "lengths_ptr": "i32",
+    "places_ptr": "i64",
 }
 SCALAR_TYPES = {"log_vocab_size": "fp32", "stride_row": "i64", "scale_log2": "fp32"}
 
@@ -122,6 +133,39 @@ def attention_variants() -> Iterator[Variant]:
             )
 
 
+def lora_variants() -> Iterator[Variant]:
+    """Llama 8B's projections at rank 16: queries, gate and up in one product, down; and a large, odd rank."""
+    for width, rank, num_parts in ((4096, 16, 1), (4096, 16, 2), (14336, 16, 1), (576, 33, 3)):
+        slice_width, num_slices = lora_triton.slices_of(width)
+        yield Variant(
+            lora_triton._shrink_kernel,
+            {
+                "IN_WIDTH": width,
+                "SHRUNK_WIDTH": rank * num_parts,
+                "SLICE": slice_width,
+                "BLOCK_I": lora_triton.BLOCK_I,
+                "BLOCK_X": lora_triton.block_of(rank * num_parts),
+                "IS_UPCAST": 0,
+            },
+            num_warps=lora_triton.NUM_WARPS,
+            num_stages=lora_triton.NUM_STAGES,
+            is_fused=True,
+        )
+        yield Variant(
+            lora_triton._expand_kernel,
+            {
+                "RANK": rank,
+                "SHRUNK_WIDTH": rank * num_parts,
+                "NUM_SLICES": num_slices,
+                "BLOCK_J": triton.next_power_of_2(num_slices),
+                "BLOCK_R": lora_triton.block_of(rank),
+                "BLOCK_O": lora_triton.block_o(rank),
+            },
+            num_warps=lora_triton.NUM_WARPS,
+            is_fused=True,
+        )
+
+
 # Tiles and groups of V = 32,000 to 151,936 at the launcher's block sizes.
 VARIANTS = (
     Variant(scan_triton._scan_kernel, {"MAX_TERMS": 1, "BLOCK": SCAN_BLOCK}),
@@ -136,6 +180,7 @@ VARIANTS = (
     Variant(finish_triton._finish_kernel, {"MAX_TERMS": 1, "BLOCK": LIST_BLOCK}),
     Variant(finish_triton._finish_kernel, {"MAX_TERMS": 4, "BLOCK": LIST_BLOCK}),
     *attention_variants(),
+    *lora_variants(),
 )
 
 

@@ -1,0 +1,92 @@
+"""Low-rank deltas of many adapters in one batch: what they are in plain torch, and the choice of backend. Called by the
+model's linear layers. Knows no adapter by name: a row has a place in the store.
+
+Legend: N rows of the layer, A rows with an adapter, I input width, O output width of a part, P places, r rank,
+X shrunk width (r times the parts)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def add_deltas(
+    y_NO: torch.Tensor,
+    x_NI: torch.Tensor,
+    A_PIX: torch.Tensor,
+    parts: Sequence[tuple[torch.Tensor, int]],
+    *,
+    rows_A: torch.Tensor,
+    places_A: torch.Tensor,
+) -> None:
+    """y += (x A) B in place, for rows with an adapter (arXiv 2106.09685, Eq. 3; scaling and order are in A and B).
+
+    parts       linear layers over one input: B (P, r, O) and the column of y where its output begins. Columns of A
+                lie in the order of the parts, r each.
+    rows_A      rows of x and y, each at most once.
+    places_A    the place in A and B of each of them; negative: none. Equal places side by side are one product.
+
+    Sums are in fp32 and rounded once. A row's bits hang on nothing beside it in the batch. Raises ValueError for
+    shapes that do not fit; ids in the tables are not looked at, since that would wait for the device.
+    """
+    _check(y_NO, x_NI, A_PIX, parts, rows_A, places_A)
+    if x_NI.is_cuda and x_NI.dtype in HALF_OR_SINGLE:
+        # Imported where used: triton is not there on every machine that serves from the CPU.
+        from uld_kernels import lora_triton
+
+        lora_triton.add_deltas(y_NO, x_NI, A_PIX, parts, rows_A=rows_A, places_A=places_A)
+    else:
+        reference(y_NO, x_NI, A_PIX, parts, rows_A=rows_A, places_A=places_A)
+
+
+def reference(
+    y_NO: torch.Tensor,
+    x_NI: torch.Tensor,
+    A_PIX: torch.Tensor,
+    parts: Sequence[tuple[torch.Tensor, int]],
+    *,
+    rows_A: torch.Tensor,
+    places_A: torch.Tensor,
+) -> None:
+    """The definition, one row after the other. Waits for the device; fp32, or fp64 for fp64 inputs."""
+    dtype = torch.promote_types(x_NI.dtype, torch.float32)
+    for row, place in zip(rows_A.tolist(), places_A.tolist(), strict=True):
+        if place < 0:
+            continue
+        shrunk_X = x_NI[row].to(dtype) @ A_PIX[place].to(dtype)
+        for number, (B_PrO, first) in enumerate(parts):
+            _, r, width = B_PrO.shape
+            delta_O = shrunk_X[number * r : (number + 1) * r] @ B_PrO[place].to(dtype)
+            y_O = y_NO[row, first : first + width]
+            y_O.copy_(y_O.to(dtype) + delta_O)
+
+
+def _check(
+    y_NO: torch.Tensor,
+    x_NI: torch.Tensor,
+    A_PIX: torch.Tensor,
+    parts: Sequence[tuple[torch.Tensor, int]],
+    rows_A: torch.Tensor,
+    places_A: torch.Tensor,
+) -> None:
+    num_places, in_width, X = A_PIX.shape
+    if x_NI.shape[1] != in_width or x_NI.shape[0] != y_NO.shape[0] or rows_A.shape != places_A.shape:
+        raise ValueError(
+            f"x {tuple(x_NI.shape)}, y {tuple(y_NO.shape)}, A {tuple(A_PIX.shape)}, rows {tuple(rows_A.shape)} and "
+            f"places {tuple(places_A.shape)} do not fit"
+        )
+    if sum(B_PrO.shape[1] for B_PrO, _ in parts) != X or len({B_PrO.shape[1] for B_PrO, _ in parts}) > 1:
+        raise ValueError(f"A shrinks to {X}; the parts have ranks {[B_PrO.shape[1] for B_PrO, _ in parts]}")
+    for B_PrO, first in parts:
+        if B_PrO.shape[0] != num_places or not 0 <= first <= y_NO.shape[1] - B_PrO.shape[2]:
+            raise ValueError(
+                f"B {tuple(B_PrO.shape)} at column {first} does not fit y {tuple(y_NO.shape)} and {num_places} places"
+            )
+    given = (x_NI, y_NO, A_PIX, *(B_PrO for B_PrO, _ in parts))
+    if len({tensor.dtype for tensor in given}) > 1:
+        raise ValueError(f"one dtype, not {[str(tensor.dtype) for tensor in given]}")
+    if x_NI.stride(1) != 1 or y_NO.stride(1) != 1 or not all(tensor.is_contiguous() for tensor in given[2:]):
+        raise ValueError("rows must lie contiguous, and so must A and B")

@@ -1,0 +1,55 @@
+"""What an adapter adds, in plain torch, and the arguments that are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from uld_kernels.lora import add_deltas
+
+
+def case() -> dict[str, object]:
+    """Two parts over one input: columns 0 to 4 and 5 to 7 of y."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "y_NO": torch.randn(4, 8, generator=generator),
+        "x_NI": torch.randn(4, 6, generator=generator),
+        "A_PIX": torch.randn(3, 6, 4, generator=generator),
+        "parts": [
+            (torch.randn(3, 2, 5, generator=generator), 0),
+            (torch.randn(3, 2, 3, generator=generator), 5),
+        ],
+        "rows_A": torch.tensor([3, 1, 2]),
+        "places_A": torch.tensor([2, 0, -1]),
+    }
+
+
+def test_every_row_gets_its_own_adapters_delta() -> None:
+    given = case()
+    before = given["y_NO"].clone()
+    add_deltas(**given)
+    changed = given["y_NO"] - before
+    (B_0, _), (B_1, _) = given["parts"]
+    for row, place in ((3, 2), (1, 0)):
+        shrunk_X = given["x_NI"][row] @ given["A_PIX"][place]
+        expected = torch.cat([shrunk_X[:2] @ B_0[place], shrunk_X[2:] @ B_1[place]])
+        torch.testing.assert_close(changed[row], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(changed[[0, 2]], torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_NI": torch.zeros(4, 5)}, "do not fit"),
+        ({"x_NI": torch.zeros(3, 6)}, "do not fit"),
+        ({"places_A": torch.tensor([0])}, "do not fit"),
+        ({"A_PIX": torch.zeros(3, 6, 5)}, "A shrinks to 5"),
+        ({"parts": [(torch.zeros(3, 4, 9), 0)]}, "at column 0"),
+        ({"parts": [(torch.zeros(2, 4, 5), 0)]}, "3 places"),
+        ({"parts": [(torch.zeros(3, 4, 5), 4)]}, "at column 4"),
+        ({"y_NO": torch.zeros(4, 8, dtype=torch.bfloat16)}, "one dtype"),
+        ({"y_NO": torch.zeros(8, 4).T}, "contiguous"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        add_deltas(**{**case(), **changes})
