@@ -10,7 +10,7 @@ import pytest
 from uld_serve import cli
 from uld_serve.bench import decode
 from uld_serve.bench.subjects import Subjects
-from uld_serve.bench.variant import Variant, random_prompts
+from uld_serve.bench.variant import Mode, Variant, num_requests, random_prompts
 from uld_serve.engine.request import SamplingParams
 
 TINY = ("--shape", "tiny", "--device", "cpu")
@@ -57,6 +57,46 @@ def test_many_profiles_take_many_times_the_bytes(bench: Bench) -> None:
     assert held["1"] in (2 * num_parameters, 4 * num_parameters)
     assert held == {"1": held["1"], "5": 5 * held["1"]}
     assert set(found["ratios"]["4"]) == {"many/unlearned"}
+    speeds = {one["mode"]: one["tokens_per_s"] for one in found["results"]}
+    assert found["throughput_of_many"] == {"4": pytest.approx(speeds["many"] / speeds["unlearned"], rel=1e-3)}
+
+
+def test_every_kind_of_assistant_in_one_run(bench: Bench) -> None:
+    modes = ("plain", "naive", "unlearned", "all-layers", "mixed", "crowded")
+    found = bench(
+        "decode", *TINY, "--modes", *modes, "--batch", "3", "--context", "8", "--steps", "2", "--assistant-layers", "2",
+    )  # fmt: skip
+    assert [one["mode"] for one in found["results"]] == list(modes)
+    assert set(found["ratios"]["3"]) == {f"{mode}/plain" for mode in modes[1:]} | {"mixed/crowded"}
+    crowded = found["results"][-1]
+    assert crowded["tokens_per_s"] == pytest.approx(5 / crowded["ms_median"] * 1e3, rel=1e-3)
+
+
+def streams(chosen: Subjects, mode: Mode) -> list[tuple[int, int, str, int]]:
+    (decision,) = chosen.variant(mode, chosen.settings(1, 16)).decisions
+    version = decision.applied[0].version
+    ranks = {adapter.rank for adapter in version.adapters.values()}
+    return [(one.fork, one.exit, one.kv, *ranks) for one in version.profile.streams]
+
+
+def test_kinds_of_assistant_differ_in_one_thing() -> None:
+    chosen = subjects("--assistant-layers", "2", "--rank", "3")
+    assert streams(chosen, "unlearned") == [(2, 4, "borrowed", 3)]
+    assert streams(chosen, "all-layers") == [(0, 4, "borrowed", 3)]
+    assert streams(chosen, "own-kv") == [(2, 4, "own", 3)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_crowded_has_as_many_rows_as_mixed(batch: int) -> None:
+    chosen = subjects()
+    rows = {}
+    for mode in ("mixed", "crowded"):
+        variant = chosen.variant(mode, chosen.settings(8, 32))
+        prompts = random_prompts(num_requests(mode, batch), 8, vocab_size=512, seed=0)
+        variant.fill(prompts, SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0))
+        scheduler = variant.engine.scheduler
+        rows[mode] = sum(scheduler.num_rows(one.sequence, one.count) for one in scheduler.schedule())
+    assert rows["mixed"] == rows["crowded"] > batch
 
 
 def test_one_at_a_time_measures_the_same_modes(bench: Bench) -> None:

@@ -5,9 +5,16 @@ from __future__ import annotations
 
 import argparse
 
-from uld_serve.bench import decode, prefill, serve
+from uld_serve.bench import decode, growth, memory, prefill, serve, turns
 
-MEASUREMENTS = {"decode": decode, "prefill": prefill, "serve": serve}
+MEASUREMENTS = {
+    "decode": decode,
+    "prefill": prefill,
+    "turns": turns,
+    "growth": growth,
+    "memory": memory,
+    "serve": serve,
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

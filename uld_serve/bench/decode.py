@@ -12,10 +12,10 @@ import torch
 
 from uld_serve.bench.environment import Environment
 from uld_serve.bench.report import Json, Reporter
-from uld_serve.bench.result import COLUMNS, Result, ratios, table_rows
+from uld_serve.bench.result import COLUMNS, Result, ratios, table_rows, throughput_of_many
 from uld_serve.bench.subjects import Subjects, add_options
 from uld_serve.bench.timing import Quartiles, interleave
-from uld_serve.bench.variant import Mode, Variant, random_prompts
+from uld_serve.bench.variant import Mode, Variant, num_requests, random_prompts
 from uld_serve.engine.request import SamplingParams
 from uld_serve.errors import InvalidRequest
 
@@ -71,6 +71,10 @@ def _report(
     found = ratios(results, key=lambda result: result.batch)
     rows = table_rows(results, found, key=lambda result: result.batch)
     reporter.table(f"decode step of {subjects.base.id}", COLUMNS, rows)
+    throughput = throughput_of_many(results)
+    for batch, ratio in throughput.items():
+        profiles = subjects.description["profiles_in_batch"]
+        reporter.console.print(f"batch {batch}: throughput of {profiles} profiles over one: {ratio:.3f}")
     for count, num_bytes in adapter_bytes.items():
         reporter.console.print(f"adapter bytes with {count} resident: {num_bytes / 1e6:.2f} MB")
     settings = {
@@ -83,6 +87,7 @@ def _report(
         {
             "results": [result.record() for result in results],
             "ratios": found,
+            "throughput_of_many": throughput,
             "adapter_bytes": adapter_bytes,
             "peak_device_bytes": _peak_bytes(subjects.base.device),
             "settings": settings,
@@ -100,24 +105,28 @@ def _measure(
 ) -> tuple[list[Result], dict[str, int]]:
     """Results of `modes` at every batch size, and resident bytes of adapters by number of profiles."""
     num_new = 1 + WARM_UP_STEPS + args.steps + SPARE_TOKENS
-    settings = subjects.settings(max(args.batch), args.context + num_new)
+    most = max(num_requests(mode, batch) for mode in modes for batch in args.batch)
+    settings = subjects.settings(most, args.context + num_new)
     params = SamplingParams(max_tokens=num_new, ignore_eos=True, temperature=args.temperature, seed=0)
     variants = [subjects.variant(mode, settings) for mode in modes]
     adapter_bytes = _adapter_bytes(variants)
-    results = []
+    results: list[Result] = []
     for batch in args.batch:
-        prompts = random_prompts(batch, args.context, vocab_size=subjects.base.vocab_size, seed=batch)
-        seconds = _times(variants, prompts, params, args.steps, subjects.base.device, advance)
-        floor_s = subjects.floor_s(batch, args.context, bytes_per_s=bytes_per_s)
-        results += [
-            Result(batch, mode, args.context, Quartiles.of_seconds(seconds[mode]), batch, floor_s)
-            for mode in modes
-        ]
+        prompts = random_prompts(
+            num_requests("crowded", batch), args.context, vocab_size=subjects.base.vocab_size, seed=batch
+        )
+        seconds = _times(variants, batch, prompts, params, args.steps, subjects.base.device, advance)
+        for mode in modes:
+            requests = num_requests(mode, batch)
+            floor_s = subjects.floor_s(requests, args.context, bytes_per_s=bytes_per_s)
+            times = Quartiles.of_seconds(seconds[mode])
+            results.append(Result(batch, mode, args.context, times, requests, floor_s))
     return results, adapter_bytes
 
 
 def _times(
     variants: Sequence[Variant],
+    batch: int,
     prompts: list[list[int]],
     params: SamplingParams,
     steps: int,
@@ -126,7 +135,7 @@ def _times(
 ) -> dict[Mode, list[float]]:
     try:
         for variant in variants:
-            variant.fill(prompts, params)
+            variant.fill(prompts[: num_requests(variant.mode, batch)], params)
             _level(variant, WARM_UP_STEPS)
         calls = {variant.mode: variant.decode for variant in variants}
         return interleave(calls, steps, device=device, on_round=advance)
@@ -145,7 +154,7 @@ def _adapter_bytes(variants: Sequence[Variant]) -> dict[str, int]:
     """Resident bytes with one profile and with all of a variant's, by loading them one after the other."""
     found: dict[str, int] = {}
     for variant in variants:
-        if variant.mode in ("plain", "naive"):
+        if variant.mode not in ("unlearned", "many", "mixed"):
             continue
         planner = variant.engine.planner
         for count, decision in enumerate(variant.decisions, start=1):

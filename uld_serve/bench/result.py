@@ -49,7 +49,8 @@ class Result:
 
 
 def ratios(results: Iterable[Result], *, key: Callable[[Result], int]) -> Ratios:
-    """Median over plain's median by `key`, and many over unlearned: what different profiles cost over one."""
+    """Median over plain's median by `key`; many over unlearned: what different profiles cost over one; and mixed over
+    crowded: what a neighbour's assistant costs over one more neighbour."""
     groups: dict[int, dict[Mode, float]] = {}
     for result in results:
         groups.setdefault(key(result), {})[result.mode] = result.times.median
@@ -58,8 +59,18 @@ def ratios(results: Iterable[Result], *, key: Callable[[Result], int]) -> Ratios
 
 def _pairs(medians: dict[Mode, float]) -> dict[str, float]:
     pairs: list[tuple[Mode, Mode]] = [(mode, "plain") for mode in medians if mode != "plain"]
-    pairs.append(("many", "unlearned"))
+    pairs += [("many", "unlearned"), ("mixed", "crowded")]
     return {f"{a}/{b}": round(medians[a] / medians[b], 4) for a, b in pairs if a in medians and b in medians}
+
+
+def throughput_of_many(results: Sequence[Result]) -> dict[str, float]:
+    """By batch size: tokens a second with many profiles over tokens a second with one. 1 is no loss."""
+    speeds = {(result.batch, result.mode): result.tokens_per_s for result in results}
+    return {
+        str(batch): round(speed / speeds[batch, "unlearned"], 4)
+        for (batch, mode), speed in speeds.items()
+        if mode == "many" and (batch, "unlearned") in speeds
+    }
 
 
 def table_rows(results: Sequence[Result], found: Ratios, *, key: Callable[[Result], int]) -> list[list[str]]:

@@ -13,13 +13,15 @@ from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import Decision
 from uld_serve.engine.request import Delta, SamplingParams
 
-Mode = Literal["plain", "naive", "unlearned", "many", "mixed"]
+Mode = Literal["plain", "naive", "unlearned", "all-layers", "own-kv", "many", "mixed", "crowded"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 MODE_HELP = (
     "plain: no profile; naive: a second, truncated model beside the target; unlearned: every request with the same "
-    "profile; many: as many different profiles as --profiles-in-batch, spread over the batch; mixed: every other "
-    "request with the profile"
+    "profile; all-layers: the same with a random assistant over all layers; own-kv: the same with a random assistant "
+    "over unlearned's layers that keeps keys and values of its own; many: as many different profiles as "
+    "--profiles-in-batch, spread over the batch; mixed: every other request with the profile; crowded: no profile, but "
+    "as many more requests as mixed has assistant rows"
 )
 
 
@@ -30,6 +32,18 @@ class Variant:
     mode: Mode
     engine: Engine
     decisions: tuple[Decision, ...]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values that the requests hold now, in whole blocks."""
+        pool = self.engine.scheduler.pool
+        return round(pool.usage * pool.num_blocks) * self.block_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block, over all layers."""
+        pools = self.engine.runner.cache.pools_S2HD
+        return sum(pool_S2HD.nbytes for pool_S2HD in pools) // self.engine.config.num_blocks
 
     def fill(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
         """One request a prompt, run until every one has drawn its first token.
@@ -74,6 +88,12 @@ class Variant:
     def _add(self, row: int, prompt: Sequence[int], params: SamplingParams) -> None:
         decision = self.decisions[row % len(self.decisions)]
         self.engine.add(f"{self.mode}-{row}", list(prompt), params, decision)
+
+
+def num_requests(mode: Mode, batch: int) -> int:
+    """Requests of a mode at a batch size. Mixed has an assistant row for every other request of the batch, the first
+    one included; crowded has one more request in the place of each."""
+    return batch + -(-batch // 2) if mode == "crowded" else batch
 
 
 def random_prompts(count: int, length: int, *, vocab_size: int, seed: int) -> list[list[int]]:
