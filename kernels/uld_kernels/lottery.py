@@ -1,9 +1,10 @@
-"""Draws one token a row: the largest of log-weights plus noise (Gumbel-max). Called by sampler_reference.
+"""Draws one token a row: the largest of log-weights plus noise (Gumbel-max). Called by the torch samplers.
 
 Of many tokens it computes noise for those alone that could win, which changes nothing but the time. Knows no filter
-and no sampling parameter.
+and no sampling parameter but temperature.
 
-Legend: L lots (rows), K tokens of one lot, G groups of token ids that share their largest noise."""
+Legend: L lots (rows), K tokens of one lot, N rows, G groups of token ids that share their largest noise, C tokens of
+all rows that could win."""
 
 from __future__ import annotations
 
@@ -14,10 +15,21 @@ from typing import Final
 
 import torch
 
-from uld_kernels.noise import GROUP_BITS, GROUP_SIZE, Stream, group_noise, gumbel_noise
+from uld_kernels.logit_groups import Found, LogitGroups, first_best
+from uld_kernels.noise import (
+    GROUP_BITS,
+    GROUP_SIZE,
+    Stream,
+    group_and_token_noise,
+    gumbel_noise,
+    noise_below,
+)
 
 # Up to here, noise for every token costs no more than finding out which could win.
 _DRAWN_WHOLE: Final = 4 * GROUP_SIZE
+# More than what fp32 rounds away of s / temperature + noise, as a share of the sum, and the largest noise.
+_ROUNDING: Final = 1e-6
+_LARGEST_NOISE: Final = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,62 +44,91 @@ class Lot:
 
 def draw(lots: Sequence[Lot]) -> list[int]:
     """The id of the largest z plus noise of each lot, ties by lowest id."""
-    large = [number for number, lot in enumerate(lots) if lot.ids_K.shape[0] > _DRAWN_WHOLE]
-    narrowed = dict(zip(large, _contenders([lots[number] for number in large]), strict=True))
-    left = [narrowed.get(number, lot) for number, lot in enumerate(lots)]
-    best = [int(value_K.argmax().item()) for value_K in _noisy(left)]
-    return [int(lot.ids_K[index].item()) for lot, index in zip(left, best, strict=True)]
+    tokens = [0] * len(lots)
+    for chosen, drawn in ((_is_small, _draw_small), (_is_large, _draw_large)):
+        numbers = [number for number, lot in enumerate(lots) if chosen(lot)]
+        if numbers:
+            for number, token in zip(numbers, drawn([lots[number] for number in numbers]), strict=True):
+                tokens[number] = token
+    return tokens
 
 
-def _contenders(lots: Sequence[Lot]) -> list[Lot]:
-    """Of each lot the tokens whose group's largest z and largest noise reach together what its best group has."""
-    if not lots:
-        return []
-    largest_z_LG = torch.nn.utils.rnn.pad_sequence(
-        [_largest_by_group(lot) for lot in lots], batch_first=True, padding_value=-inf
+def draw_whole(
+    groups: LogitGroups,
+    stream: Stream,
+    *,
+    temperature_N1: torch.Tensor,
+    best: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """The id of the largest score / temperature + noise of each row, ties by lowest id. `best` is groups.best(), all
+    of it finite.
+
+    Noise is computed for each group's largest and for the best token. What the best of these reach then rules out
+    nearly all tokens, because none has more noise than its group's largest.
+    """
+    num_groups = groups.max_NG.shape[1]
+    best_N, token_N = best
+    highest_NG, member_NG, noise_N = group_and_token_noise(num_groups, token_N, stream)
+    first_G = torch.arange(num_groups, device=token_N.device) << GROUP_BITS
+    luckiest_NG = groups.at(first_G + member_NG) / temperature_N1 + highest_NG.to(torch.float32)
+    reached_N = torch.maximum(luckiest_NG.amax(-1), best_N / temperature_N1[:, 0] + noise_N)
+    reached_N1 = reached_N.double()[:, None]
+    slack_N1 = _ROUNDING * (reached_N1.abs() + _LARGEST_NOISE)
+    limit_NG = ((reached_N1 - slack_N1 - highest_NG) * temperature_N1.double()).to(best_N.dtype)
+    found = groups.at_least(limit_NG)
+    group_C = found.row_C * num_groups + (found.id_C >> GROUP_BITS)
+    noise_C = noise_below(
+        found.id_C,
+        stream.rows(found.row_C),
+        highest=highest_NG.flatten()[group_C],
+        member=member_NG.flatten()[group_C],
     )
-    groups_G = torch.arange(largest_z_LG.shape[1], device=largest_z_LG.device)
-    highest_LG, _ = group_noise(groups_G, _stream(lots))
-    bound_LG = largest_z_LG + highest_LG.to(torch.float32)
-    best_groups = [
-        _members(lot, [group]) for lot, group in zip(lots, bound_LG.argmax(-1).tolist(), strict=True)
-    ]
-    reached_L1 = torch.stack([value_K.max() for value_K in _noisy(best_groups)])[:, None]
-    can_win_LG = bound_LG >= reached_L1
-    return [
-        _members(lot, can_win_G.nonzero()[:, 0].tolist())
-        for lot, can_win_G in zip(lots, can_win_LG, strict=True)
-    ]
+    value_C = found.value_C / temperature_N1[found.row_C, 0] + noise_C
+    return found.id_C[first_best(value_C, found.row_C, num_rows=len(token_N))[1]]
 
 
-def _largest_by_group(lot: Lot) -> torch.Tensor:
-    """The largest z of each group of ids, -inf where the lot has none of it."""
-    num_groups = (int(lot.ids_K[-1].item()) >> GROUP_BITS) + 1
-    size = num_groups * GROUP_SIZE
-    if lot.ids_K.shape[0] == int(lot.ids_K[-1].item()) + 1:  # every id: no scatter needed
-        dense_V = torch.nn.functional.pad(lot.z_K, (0, size - lot.z_K.shape[0]), value=-inf)
-    else:
-        dense_V = lot.z_K.new_full((size,), -inf).index_copy_(0, lot.ids_K, lot.z_K)
-    return dense_V.view(num_groups, GROUP_SIZE).amax(-1)
+def draw_few(
+    found: Found, stream: Stream, *, temperature_N1: torch.Tensor, luck_N1: torch.Tensor
+) -> torch.Tensor:
+    """The same over listed tokens, at least one a row; where luck is 0 and not 1, without noise."""
+    noise_C = gumbel_noise(found.id_C, stream.rows(found.row_C)) * luck_N1[found.row_C, 0]
+    value_C = found.value_C / temperature_N1[found.row_C, 0] + noise_C
+    return found.id_C[first_best(value_C, found.row_C, num_rows=len(temperature_N1))[1]]
 
 
-def _members(lot: Lot, groups: Sequence[int]) -> Lot:
-    """The part of a lot in some groups, given ascending."""
-    edges = torch.tensor([[group, group + 1] for group in groups], device=lot.ids_K.device) << GROUP_BITS
-    spans = torch.searchsorted(lot.ids_K, edges).tolist()
-    ids = torch.cat([lot.ids_K[start:end] for start, end in spans])
-    return Lot(ids, torch.cat([lot.z_K[start:end] for start, end in spans]), lot.seed, lot.position)
+def _is_small(lot: Lot) -> bool:
+    return lot.ids_K.shape[0] <= _DRAWN_WHOLE
 
 
-def _noisy(lots: Sequence[Lot]) -> list[torch.Tensor]:
-    """z plus noise of every lot, the noise all in one call."""
+def _is_large(lot: Lot) -> bool:
+    return not _is_small(lot)
+
+
+def _draw_small(lots: Sequence[Lot]) -> list[int]:
     if all(lot.ids_K.shape[0] == 1 for lot in lots):
-        return [lot.z_K for lot in lots]
-    sizes = [lot.ids_K.shape[0] for lot in lots]
-    lengths = torch.tensor(sizes, device=lots[0].ids_K.device)
-    rows = torch.arange(len(lots), device=lengths.device).repeat_interleave(lengths)
-    noise = gumbel_noise(torch.cat([lot.ids_K for lot in lots]), _stream(lots).rows(rows))
-    return list(torch.split_with_sizes(torch.cat([lot.z_K for lot in lots]) + noise, sizes))
+        return [int(lot.ids_K.item()) for lot in lots]
+    lengths = torch.tensor([lot.ids_K.shape[0] for lot in lots], device=lots[0].ids_K.device)
+    row_C = torch.arange(len(lots), device=lengths.device).repeat_interleave(lengths)
+    found = Found(row_C, torch.cat([lot.ids_K for lot in lots]), torch.cat([lot.z_K for lot in lots]))
+    return _ids(draw_few(found, _stream(lots), temperature_N1=_ones(lots), luck_N1=_ones(lots)))
+
+
+def _draw_large(lots: Sequence[Lot]) -> list[int]:
+    size = max(int(lot.ids_K[-1].item()) for lot in lots) + 1
+    z_NV = lots[0].z_K.new_full((len(lots), -(-size // GROUP_SIZE) * GROUP_SIZE), -inf)
+    for z_V, lot in zip(z_NV, lots, strict=True):
+        z_V.index_copy_(0, lot.ids_K, lot.z_K)
+    groups = LogitGroups.of(z_NV)
+    return _ids(draw_whole(groups, _stream(lots), temperature_N1=_ones(lots), best=groups.best()))
+
+
+def _ids(token_N: torch.Tensor) -> list[int]:
+    ids: list[int] = token_N.tolist()
+    return ids
+
+
+def _ones(lots: Sequence[Lot]) -> torch.Tensor:
+    return lots[0].z_K.new_ones((len(lots), 1))
 
 
 def _stream(lots: Sequence[Lot]) -> Stream:

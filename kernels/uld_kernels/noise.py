@@ -7,8 +7,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
-from typing import Final
+from typing import Final, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 # Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", the constants of Philox-4x32.
@@ -31,17 +33,20 @@ NOISE_SPAN: Final = 31.0
 """More than max - min of gumbel_noise (27.8 + 3.2): a token this far below the best can never be drawn."""
 
 
-def _mul_hi_lo(constant: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+Words = TypeVar("Words", torch.Tensor, npt.NDArray[np.int64])
+
+
+def _mul_hi_lo(constant: int, word: Words) -> tuple[Words, Words]:
     # The 64-bit product wraps into the sign bit; the mask after the shift makes the upper word unsigned.
     product = word * constant
     return (product >> 32) & _WORD, product & _WORD
 
 
 def philox_4x32(
-    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    key: tuple[torch.Tensor | int, torch.Tensor | int],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ten rounds of Philox on int64 tensors that hold 32-bit words; returns four such words.
+    counter: tuple[Words, Words, Words, Words],
+    key: tuple[Words | int, Words | int],
+) -> tuple[Words, Words, Words, Words]:
+    """Ten rounds of Philox on int64 tensors or arrays that hold 32-bit words; returns four such words.
 
     Equal bit for bit to triton.language.philox(seed, c0, c1, c2, c3) with key = (low, high) word of the seed.
     """
@@ -86,8 +91,7 @@ def group_noise(groups: torch.Tensor, stream: Stream) -> tuple[torch.Tensor, tor
     It is Gumbel with location log(GROUP_SIZE), as the maximum of so many is, and any member is as likely to have
     it. Counter = (group, position, 1, 0).
     """
-    size_word, member_word = _words(groups, stream, domain=1)
-    return log(GROUP_SIZE) - _exponential(size_word).log(), member_word & (GROUP_SIZE - 1)
+    return _highest(*_words(groups, stream, domain=_domain(1, groups)))
 
 
 def gumbel_noise(token_ids: torch.Tensor, stream: Stream) -> torch.Tensor:
@@ -101,18 +105,59 @@ def gumbel_noise(token_ids: torch.Tensor, stream: Stream) -> torch.Tensor:
     same fp32.
     """
     highest, member = group_noise(token_ids >> GROUP_BITS, stream)
-    word, _ = _words(token_ids, stream, domain=0)
+    return noise_below(token_ids, stream, highest=highest, member=member)
+
+
+def noise_below(
+    token_ids: torch.Tensor, stream: Stream, *, highest: torch.Tensor, member: torch.Tensor
+) -> torch.Tensor:
+    """gumbel_noise of tokens whose group's noise is known."""
+    word, _ = _words(token_ids, stream, domain=_domain(0, token_ids))
+    return _below(token_ids, word, highest=highest, member=member)
+
+
+def group_and_token_noise(
+    num_groups: int, token_N: torch.Tensor, stream: Stream
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """group_noise of the first groups, (N, G) each, and gumbel_noise of one token a row, (N,)."""
+    groups_NG = torch.arange(num_groups, device=token_N.device).expand(token_N.shape[0], -1)
+    ids = torch.cat([groups_NG, token_N[:, None]], dim=1)
+    domain = torch.ones(num_groups + 1, dtype=torch.int64, device=ids.device)
+    domain[-1] = 0
+    first, second = _words(ids, stream, domain=domain)
+    highest_NG, member_NG = _highest(first[:, :-1], second[:, :-1])
+    group_N1 = token_N[:, None] >> GROUP_BITS
+    own = {"highest": highest_NG.gather(1, group_N1), "member": member_NG.gather(1, group_N1)}
+    return highest_NG, member_NG, _below(token_N[:, None], first[:, -1:], **own)[:, 0]
+
+
+def _highest(size_word: torch.Tensor, member_word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return log(GROUP_SIZE) - _exponential(size_word).log(), member_word & (GROUP_SIZE - 1)
+
+
+def _below(
+    token_ids: torch.Tensor, word: torch.Tensor, *, highest: torch.Tensor, member: torch.Tensor
+) -> torch.Tensor:
     # P(g <= x | g <= h) = exp(e^-h - e^-x), solved for x.
     below = torch.minimum(-((-highest).exp() + _exponential(word)).log(), highest)
     return torch.where((token_ids & (GROUP_SIZE - 1)) == member, highest, below).to(torch.float32)
 
 
-def _words(ids: torch.Tensor, stream: Stream, *, domain: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _domain(number: int, ids: torch.Tensor) -> torch.Tensor:
+    return torch.full((1,), number, dtype=torch.int64, device=ids.device)
+
+
+def _words(ids: torch.Tensor, stream: Stream, *, domain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first two output words of Philox at counter (id, position, domain, 0)."""
-    zero = torch.zeros((), dtype=torch.int64, device=ids.device)
-    counter = (ids, stream.position, zero + domain, zero)
-    first, second, _, _ = philox_4x32(counter, (stream.seed_low, stream.seed_high))
-    return first, second
+    zero = torch.zeros_like(domain)
+    if ids.is_cuda:
+        counter = (ids, stream.position, domain, zero)
+        first, second, _, _ = philox_4x32(counter, (stream.seed_low, stream.seed_high))
+        return first, second
+    # The same rounds on the same memory: numpy starts a small operation three times as fast.
+    arrays = (ids.numpy(), stream.position.numpy(), domain.numpy(), zero.numpy())
+    words = philox_4x32(arrays, (stream.seed_low.numpy(), stream.seed_high.numpy()))
+    return torch.from_numpy(words[0]), torch.from_numpy(words[1])
 
 
 def _exponential(word: torch.Tensor) -> torch.Tensor:

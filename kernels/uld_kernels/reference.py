@@ -25,7 +25,7 @@ def subtract(b: torch.Tensor, a: torch.Tensor, *, strength: float) -> torch.Tens
     return b - strength * a
 
 
-def relu_difference(b: torch.Tensor, a: torch.Tensor, *, strength: float) -> torch.Tensor:
+def relu_difference(b: torch.Tensor, a: torch.Tensor, *, strength: float | torch.Tensor) -> torch.Tensor:
     """s = b - strength * relu(a - b), never raises a logit.  RKLD, arXiv 2406.01983 Eq. 1; 2310.02238."""
     return b - strength * torch.relu(a - b)
 

@@ -12,6 +12,7 @@ from math import inf, isfinite, log
 import torch
 
 from uld_kernels import reference, rules
+from uld_kernels.batch_sampler import sample_batch
 from uld_kernels.fusion import Fused, RowFailure, Streams, fuse
 from uld_kernels.lottery import Lot, draw
 from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput
@@ -28,20 +29,26 @@ def sample(
     protected_ids: torch.Tensor,
     late: LateRows | None = None,
 ) -> SampleOutput:
-    """ops.fused_sample, one row after the other."""
+    """ops.fused_sample: all at once the rows that ask for little, the others one after the other."""
     table, streams = _Table(rows), Streams(logits_RV, vocab_size, late)
+    quick = sample_batch(logits_RV, rows, vocab_size=vocab_size, protected_ids=protected_ids, late=late)
+    for index, status in quick.statuses.items():
+        table.fail(index, status)
     found: dict[int, tuple[Fused, Lot]] = {}
     for index, row in enumerate(rows):
+        if index in quick.tokens:
+            continue
         try:
             fused = fuse(streams, row, protected_ids=protected_ids)
             found[index] = fused, truncate(fused, row, vocab_size=vocab_size)
         except RowFailure as failure:
             table.fail(index, failure.status)
-    tokens = [-1] * len(rows)
+    tokens = [quick.tokens.get(index, -1) for index in range(len(rows))]
     drawn = draw([lot for _, lot in found.values()])
     for (index, (fused, _)), token in zip(found.items(), drawn, strict=True):
         tokens[index] = token
-        table.fill(index, fused, fused.score_of(token))
+        if rows[index].is_measured or rows[index].num_logprobs:
+            table.fill(index, fused, fused.score_of(token))
     token_ids_B = torch.tensor(tokens, dtype=torch.int64, device=logits_RV.device)
     return SampleOutput(token_ids_B=token_ids_B, **table.columns(logits_RV.device), digests=table.digests)
 

@@ -144,6 +144,7 @@ class Sampler:
             logit_bias=self._bias(sequence),
             banned_ids=self._banned(sequence),
             num_logprobs=params.logprobs or 0,
+            is_measured=params.logprobs is not None,
         )
 
     def _bias(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor] | None:

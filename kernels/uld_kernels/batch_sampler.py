@@ -1,0 +1,215 @@
+"""Draws for the many rows that ask for little, all at once: what sampler_reference gives one by one, in a few tensor
+operations. Called by sampler_reference.
+
+Takes rows without bans, penalties, bias, lists and measures, that are the target's alone or have one relu_difference
+with a fused filter. Nothing here depends on which rows come together.
+
+Legend: R rows of logits, V real vocabulary, N rows drawn here, G groups of token ids, C tokens of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf, isfinite, log, nan
+from typing import Literal
+
+import torch
+
+from uld_kernels import reference, rules
+from uld_kernels.logit_groups import Found, LogitGroups, first_best, merged
+from uld_kernels.lottery import draw_few, draw_whole
+from uld_kernels.noise import Stream
+from uld_kernels.rows import LateRows, SampleRow, Term
+
+# How much further down (nats) the next look goes when the tokens looked at are all hushed; it doubles each time.
+_FIRST_STEP = 4.0
+_BOUND_SLACK = 1e-3
+
+_Way = Literal["greedy", "drawn", "hushed"]
+
+
+@dataclass(slots=True)
+class Drawn:
+    """Token and status of rows, by their number in the batch."""
+
+    tokens: dict[int, int] = field(default_factory=dict)
+    statuses: dict[int, int] = field(default_factory=dict)
+
+    def fail(self, number: int, status: int) -> None:
+        self.tokens[number], self.statuses[number] = -1, status
+
+    def succeed(self, numbers: Sequence[int], token_N: torch.Tensor) -> None:
+        self.tokens.update(zip(numbers, token_N.tolist(), strict=True))
+        self.statuses.update(dict.fromkeys(numbers, rules.OK))
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """Rows that take the same way, their numbers in the batch, and the target's scores of each."""
+
+    numbers: list[int]
+    rows: list[SampleRow]
+    groups: LogitGroups
+    best_N: torch.Tensor
+    best_id_N: torch.Tensor
+
+    def of_rows(self, values: Sequence[float]) -> torch.Tensor:
+        """(N, 1) in the scores' dtype."""
+        return torch.tensor(values, dtype=self.best_N.dtype, device=self.best_N.device)[:, None]
+
+    def temperatures(self) -> torch.Tensor:
+        """(N, 1); 1 for greedy rows."""
+        return self.of_rows([row.temperature or 1.0 for row in self.rows])
+
+    def stream(self) -> Stream:
+        seeds, positions = [row.seed for row in self.rows], [row.position for row in self.rows]
+        return Stream.of(seeds, positions, self.best_N.device)
+
+
+def sample_batch(
+    logits_RV: torch.Tensor,
+    rows: Sequence[SampleRow],
+    *,
+    vocab_size: int,
+    protected_ids: torch.Tensor,
+    late: LateRows | None,
+) -> Drawn:
+    """Draw for those of `rows` that can be drawn together; the others are not in what comes back."""
+    drawn = Drawn()
+    if logits_RV.dtype == torch.float64:
+        return drawn
+    ways: dict[_Way, list[int]] = {}
+    for number, row in enumerate(rows):
+        way = _way(row, has_protected=protected_ids.shape[0] > 0)
+        if way is not None:
+            ways.setdefault(way, []).append(number)
+    for way, numbers in ways.items():
+        lane = _lane(logits_RV[:, :vocab_size], rows, numbers, drawn)
+        if not lane.numbers:
+            continue
+        if way == "greedy":
+            drawn.succeed(lane.numbers, lane.best_id_N)
+        elif way == "drawn":
+            best = lane.best_N, lane.best_id_N
+            token_N = draw_whole(lane.groups, lane.stream(), temperature_N1=lane.temperatures(), best=best)
+            drawn.succeed(lane.numbers, token_N)
+        else:
+            _draw_hushed(lane, logits_RV, late, drawn)
+    return drawn
+
+
+def _lane(logits_RV: torch.Tensor, rows: Sequence[SampleRow], numbers: list[int], drawn: Drawn) -> _Lane:
+    """Rows whose target is NaN, or infinite or -inf everywhere, fail here and are not in the lane."""
+    row_b = [rows[number].row_b for number in numbers]
+    first, count = row_b[0], len(row_b)
+    if row_b == list(range(first, first + count)):
+        target_NV = logits_RV[first : first + count]
+    else:
+        target_NV = logits_RV.index_select(0, torch.tensor(row_b, device=logits_RV.device))
+    groups = LogitGroups.of(target_NV.float())
+    best_N, best_id_N = groups.best()
+    best = best_N.tolist()
+    if all(map(isfinite, best)):
+        return _Lane(numbers, [rows[number] for number in numbers], groups, best_N, best_id_N)
+    for number, value in zip(numbers, best, strict=True):
+        if not isfinite(value):
+            drawn.fail(number, rules.NOTHING_KEPT if value == -inf else rules.NUMERICAL)
+    healthy = [number for number in numbers if number not in drawn.statuses]
+    return _lane(logits_RV, rows, healthy, drawn) if healthy else _Lane([], [], groups, best_N, best_id_N)
+
+
+def _draw_hushed(lane: _Lane, logits_RV: torch.Tensor, late: LateRows | None, drawn: Drawn) -> None:
+    survivors, status_N = _survivors(lane, logits_RV, late)
+    num_rows = len(lane.numbers)
+    if all(row.temperature == 0.0 for row in lane.rows):
+        _, best_N = first_best(survivors.value_C, survivors.row_C, num_rows=num_rows)
+        token_N = survivors.id_C[best_N]
+    else:
+        luck_N1 = lane.of_rows([float(row.temperature > 0.0) for row in lane.rows])
+        token_N = draw_few(survivors, lane.stream(), temperature_N1=lane.temperatures(), luck_N1=luck_N1)
+    drawn.succeed(lane.numbers, token_N)
+    for number, status in zip(lane.numbers, status_N.tolist(), strict=True):
+        if status != rules.OK:
+            drawn.fail(number, status)
+
+
+def _survivors(lane: _Lane, logits_RV: torch.Tensor, late: LateRows | None) -> tuple[Found, torch.Tensor]:
+    """What the fused filter leaves of each row, with fused scores, and each row's status.
+
+    relu_difference raises no score, so that nothing further below the target's best token than the best fused score
+    plus log tau can stay. That score is at least the best one of the tokens looked at so far: looks go down until
+    they have reached what it rules out.
+    """
+    terms = [row.terms[0] for row in lane.rows]
+    log_tau_N = lane.of_rows([log(term.tau) for term in terms])[:, 0]
+    limit_N = lane.best_N + log_tau_N - _BOUND_SLACK
+    look = _Look(lane, terms, logits_RV, late)
+    fused = look.fused(lane.groups.at_least(limit_N[:, None]))
+    step = _FIRST_STEP
+    while True:
+        best_N, _ = first_best(fused.value_C, fused.row_C, num_rows=len(terms))
+        lowest_N = (best_N + log_tau_N - _BOUND_SLACK).clamp_min(torch.finfo(limit_N.dtype).min)
+        goes_on_N = lowest_N < limit_N
+        if not goes_on_N.any():
+            break
+        next_N = torch.where(goes_on_N, torch.maximum(lowest_N, limit_N - step), inf)
+        further = lane.groups.at_least(next_N[:, None])
+        fused = merged(fused, look.fused(further.where(further.value_C < limit_N[further.row_C])))
+        limit_N, step = torch.minimum(next_N, limit_N), 2 * step
+    status_N = torch.where(
+        best_N.isnan(), rules.NUMERICAL, torch.where(best_N == -inf, rules.NOTHING_KEPT, rules.OK)
+    )
+    kept_from_N = torch.where(status_N == rules.OK, best_N + log_tau_N, -inf)
+    keep_C = ~(fused.value_C < kept_from_N[fused.row_C])
+    return fused.where(keep_C), status_N
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Fuses tokens of the lane's rows with their assistants'."""
+
+    lane: _Lane
+    terms: list[Term]
+    logits_RV: torch.Tensor
+    late: LateRows | None
+
+    def fused(self, found: Found) -> Found:
+        """NaN where the assistant is not finite."""
+        a_C = self._assistant(found)
+        a_C = a_C.masked_fill(~a_C.isfinite(), nan)
+        strength_N = self.lane.of_rows([term.strength for term in self.terms])[:, 0]
+        s_C = reference.relu_difference(found.value_C, a_C, strength=strength_N[found.row_C])
+        return Found(found.row_C, found.id_C, s_C)
+
+    def _assistant(self, found: Found) -> torch.Tensor:
+        device = found.id_C.device
+        row_C = torch.tensor([term.row_a for term in self.terms], device=device)[found.row_C]
+        num_rows = self.logits_RV.shape[0]
+        if self.late is None:
+            return self.logits_RV[row_C, found.id_C].float()
+        a_C = self.late.scores_each((row_C - num_rows).clamp_min(0), found.id_C)
+        if min(term.row_a for term in self.terms) >= num_rows:
+            return a_C
+        whole_C = self.logits_RV[row_C.clamp_max(num_rows - 1), found.id_C].float()
+        return torch.where(row_C < num_rows, whole_C, a_C)
+
+
+def _asks_little(row: SampleRow) -> bool:
+    """Whether a row wants its token only, of all that its rule leaves."""
+    if row.is_measured or row.num_logprobs or row.repetition_penalty != 1.0:
+        return False
+    if row.presence_penalty or row.frequency_penalty or row.logit_bias is not None:
+        return False
+    if row.banned_ids is not None or row.allowed_mask is not None:
+        return False
+    return row.temperature == 0.0 or (row.top_k == 0 and row.top_p == 1.0 and row.min_p == 0.0)
+
+
+def _way(row: SampleRow, *, has_protected: bool) -> _Way | None:
+    if not _asks_little(row):
+        return None
+    if not row.terms:
+        return "greedy" if row.temperature == 0.0 else "drawn"
+    term = row.terms[0]
+    is_hushed = term.kind == rules.RELU_DIFFERENCE and term.filter_mode == rules.FUSED
+    return "hushed" if len(row.terms) == 1 and is_hushed and not (term.protect and has_protected) else None

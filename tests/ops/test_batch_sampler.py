@@ -1,0 +1,167 @@
+"""Rows drawn at once against the same rows drawn one by one, whatever else is in the call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from uld_kernels import LateRows, SampleOutput, SampleRow, Term, fused_sample, rules
+from uld_kernels.batch_sampler import sample_batch
+
+DIM, NUM_ROWS = 24, 6
+PROTECTED = torch.tensor([0, 17])
+
+
+def term(row: int, *, strength: float, tau: float, protect: bool = False) -> Term:
+    return Term(
+        rules.RELU_DIFFERENCE,
+        strength,
+        digest=row,
+        row_a=row,
+        filter_mode=rules.FUSED,
+        tau=tau,
+        protect=protect,
+    )
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[torch.Tensor, LateRows, int]:
+    """Rows of logits, flat to certain, the last NUM_ROWS of them assistants near the targets; late ones too."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    vocab_size = draw(st.sampled_from([41, 256, 700, 5003]))
+    width = vocab_size + draw(st.sampled_from([0, 5, 256]))
+    weight_WD = torch.randn(width, DIM, generator=generator).bfloat16()
+    hidden_RD = torch.randn(NUM_ROWS, DIM, generator=generator)
+    near = hidden_RD + draw(st.sampled_from([0.05, 0.5])) * torch.randn(NUM_ROWS, DIM, generator=generator)
+    spread = draw(st.sampled_from([0.01, 0.3, 1.0, 4.0]))
+    logits = spread * (torch.cat([hidden_RD, near]) @ weight_WD.float().T)
+    if draw(st.booleans()):
+        logits = logits.round()  # ties
+    if draw(st.booleans()):
+        logits[1, torch.rand(width, generator=generator) < 0.5] = -torch.inf
+    return logits, LateRows(spread * near, weight_WD, torch.randn(width, generator=generator)), vocab_size
+
+
+@st.composite
+def sample_rows(draw: st.DrawFn) -> SampleRow:
+    row_b, kind = (
+        draw(st.integers(0, NUM_ROWS - 1)),
+        draw(st.sampled_from(["plain", "whole", "late", "both"])),
+    )
+    shape = {
+        "strength": draw(st.sampled_from([0.3, 1.5, 40.0])),
+        "tau": draw(st.sampled_from([0.02, 0.5, 1.0])),
+        "protect": draw(st.booleans()),
+    }
+    chosen = {"plain": (), "whole": (NUM_ROWS,), "late": (2 * NUM_ROWS,), "both": (NUM_ROWS, 2 * NUM_ROWS)}[
+        kind
+    ]
+    return SampleRow(
+        row_b,
+        tuple(term(first + row_b, **shape) for first in chosen),
+        temperature=draw(st.sampled_from([0.0, 0.0, 1e-5, 0.7, 1.0, 2.0])),
+        top_k=draw(st.sampled_from([0, 0, 3])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 0.9])),
+        min_p=draw(st.sampled_from([0.0, 0.0, 0.1])),
+        seed=draw(st.integers(0, 2**64 - 1)),
+        position=draw(st.integers(0, 2**32 - 1)),
+        banned_ids=draw(st.none() | st.none() | st.just(torch.arange(0, 41, 2))),
+        presence_penalty=draw(st.sampled_from([0.0, 0.0, 1.0])),
+        output_ids=torch.tensor([3, 4, 4]),
+        is_measured=draw(st.booleans()),
+    )
+
+
+def sample(logits: torch.Tensor, rows: list[SampleRow], late: LateRows, vocab_size: int) -> SampleOutput:
+    return fused_sample(logits, rows, vocab_size=vocab_size, protected_ids=PROTECTED, late=late)
+
+
+def tokens(output: SampleOutput) -> list[tuple[int, int, tuple[int, ...]]]:
+    return list(zip(output.token_ids_B.tolist(), output.status_B.tolist(), output.digests, strict=True))
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.lists(sample_rows(), min_size=1, max_size=8))
+def test_rows_together_draw_what_each_draws_alone_and_what_a_measured_row_draws(
+    problem: tuple[torch.Tensor, LateRows, int], rows: list[SampleRow]
+) -> None:
+    logits, late, vocab_size = problem
+    together = tokens(sample(logits, rows, late, vocab_size))
+    assert together == [tokens(sample(logits, [row], late, vocab_size))[0] for row in rows]
+    one_by_one = [replace(row, is_measured=True) for row in rows]
+    assert together == tokens(sample(logits, one_by_one, late, vocab_size))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_plain_and_late_rows_are_drawn_at_once_and_a_row_that_wants_more_is_not(temperature: float) -> None:
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
+    late = LateRows(torch.randn(1, DIM), torch.randn(300, DIM))
+    few = SampleRow(0, temperature=temperature, is_measured=False)
+    hushed = replace(few, terms=(term(2, strength=1.0, tau=0.02),))
+    more = [
+        replace(few, is_measured=True),
+        replace(few, presence_penalty=1.0),
+        replace(few, banned_ids=torch.tensor([1])),
+        replace(few, num_logprobs=1),
+        replace(few, terms=(term(2, strength=1.0, tau=0.02, protect=True),)),
+    ]
+    drawn = sample_batch(logits, [few, *more, hushed], vocab_size=300, protected_ids=PROTECTED, late=late)
+    assert sorted(drawn.tokens) == [0, 6]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_not_a_number_ends_its_row_and_no_other(temperature: float, bad: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.randn(8, 700, generator=generator)
+    logits = clean.clone()
+    logits[1, 699] = bad  # a target, at a token that would not be drawn
+    logits[6, int(logits[2].argmax())] = bad  # an assistant, at a token that is looked at
+    late = LateRows(torch.randn(4, DIM, generator=generator), torch.randn(700, DIM, generator=generator))
+    late.hidden_AD[3] = bad
+    rows = [SampleRow(n, temperature=temperature, seed=n, is_measured=False) for n in range(3)]
+    rows += [replace(row, terms=(term(4 + row.row_b, strength=2.0, tau=0.02),)) for row in rows]
+    rows += [replace(rows[0], row_b=3, terms=(term(8 + n, strength=2.0, tau=0.02),)) for n in range(4)]
+    output = sample(logits, rows, late, 700)
+    wrong = {1, 4, 5, 9}
+    expected = [rules.NUMERICAL if n in wrong else rules.OK for n in range(10)]
+    assert output.status_B.tolist() == expected
+    healthy = sample(clean, [row for n, row in enumerate(rows) if n not in wrong], late, 700)
+    assert [token for n, token in enumerate(output.token_ids_B.tolist()) if n not in wrong] == (
+        healthy.token_ids_B.tolist()
+    )
+    assert all(output.token_ids_B[n] == -1 for n in wrong)
+
+
+def test_a_target_with_no_token_left_is_reported() -> None:
+    logits = torch.full((2, 300), -torch.inf)
+    logits[1, 5] = -50.0
+    late = LateRows(torch.zeros(1, DIM), torch.zeros(300, DIM))
+    rows = [SampleRow(n, temperature=t, is_measured=False) for n in range(2) for t in (0.0, 1.0)]
+    rows += [replace(row, terms=(term(2, strength=1.0, tau=0.02),)) for row in rows]
+    output = sample(logits, rows, late, 300)
+    assert output.token_ids_B.tolist() == [-1, -1, 5, 5] * 2
+    assert output.status_B.tolist() == [rules.NOTHING_KEPT] * 2 + [rules.OK] * 2 + (
+        [rules.NOTHING_KEPT] * 2 + [rules.OK] * 2
+    )
+
+
+@pytest.mark.parametrize("dim", [8, 24, 100, 576, 2048])
+def test_a_late_score_has_the_same_bits_whatever_else_is_scored(dim: int) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    weight = torch.randn(300, dim, generator=generator).bfloat16()
+    late = LateRows(torch.randn(5, dim, generator=generator).bfloat16(), weight)
+    index, ids = (
+        torch.randint(0, 5, (1100,), generator=generator),
+        torch.randint(0, 300, (1100,), generator=generator),
+    )
+    together = late.scores_each(index, ids)
+    for size in (1, 2, 7, 64, 600):
+        for start in (0, 3, 500):
+            part = slice(start, start + size)
+            assert torch.equal(late.scores_each(index[part], ids[part]), together[part])
+    exact = (weight.double()[ids] * late.hidden_AD.double()[index]).sum(-1)
+    torch.testing.assert_close(together.double(), exact, atol=1e-3, rtol=1e-5)
