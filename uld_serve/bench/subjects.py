@@ -92,10 +92,13 @@ class Subjects:
     def variant(self, mode: Mode, settings: EngineSettings) -> Variant:
         """An engine of its own, so that none pays for another's adapters. Weights are shared where the engine
         does not lay them out anew."""
-        base, decisions = shared_copy(self.base), self._decisions(mode)
+        base, num_bytes = shared_copy(self.base), kv_bytes_per_token(self.base)
         if mode == "naive":
-            return Variant(mode, naive_engine(base, settings, num_layers=self.naive_layers), decisions)
-        return Variant(mode, Engine.of(base, settings), decisions)
+            engine = naive_engine(base, settings, num_layers=self.naive_layers)
+            num_bytes += num_bytes // self.base.num_layers * self.naive_layers
+        else:
+            engine = Engine.of(base, settings)
+        return Variant(mode, engine, self._decisions(mode), num_bytes)
 
     def _decisions(self, mode: Mode) -> tuple[Decision, ...]:
         one = Decision.of_version(self.versions[0])

@@ -27,23 +27,18 @@ MODE_HELP = (
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """`decisions` are dealt to the requests of a batch in turn."""
+    """`decisions` are dealt to the requests of a batch in turn. `kv_bytes_per_token` is of all layers that run."""
 
     mode: Mode
     engine: Engine
     decisions: tuple[Decision, ...]
+    kv_bytes_per_token: int
 
     @property
     def cache_bytes(self) -> int:
         """Of keys and values that the requests hold now, in whole blocks."""
         pool = self.engine.scheduler.pool
-        return round(pool.usage * pool.num_blocks) * self.block_bytes
-
-    @property
-    def block_bytes(self) -> int:
-        """Of one block, over all layers."""
-        pools = self.engine.runner.cache.pools_S2HD
-        return sum(pool_S2HD.nbytes for pool_S2HD in pools) // self.engine.config.num_blocks
+        return round(pool.usage * pool.num_blocks) * pool.block_size * self.kv_bytes_per_token
 
     def fill(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
         """One request a prompt, run until every one has drawn its first token.
