@@ -7,20 +7,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-# Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", the constants of Philox-4x32.
-ROUND_A: Final = 0xD2511F53
-ROUND_B: Final = 0xCD9E8D57
-KEY_A: Final = 0x9E3779B9
-KEY_B: Final = 0xBB67AE85
-NUM_ROUNDS: Final = 10
+from uld_kernels.philox import WORD, Array, first_two_words, philox_4x32
 
-_WORD: Final = 0xFFFFFFFF
 # Triton's uint_to_uniform_float: the largest 31-bit integer times this stays below 1 in fp32.
 _TO_UNIFORM: Final = 4.6566127342e-10
 _SMALLEST_UNIFORM: Final = 2.0**-32
@@ -31,33 +24,6 @@ GROUP_SIZE: Final = 1 << GROUP_BITS
 
 NOISE_SPAN: Final = 31.0
 """More than max - min of gumbel_noise (27.8 + 3.2): a token this far below the best can never be drawn."""
-
-
-Words = TypeVar("Words", torch.Tensor, npt.NDArray[np.int64])
-
-
-def _mul_hi_lo(constant: int, word: Words) -> tuple[Words, Words]:
-    # The 64-bit product wraps into the sign bit; the mask after the shift makes the upper word unsigned.
-    product = word * constant
-    return (product >> 32) & _WORD, product & _WORD
-
-
-def philox_4x32(
-    counter: tuple[Words, Words, Words, Words],
-    key: tuple[Words | int, Words | int],
-) -> tuple[Words, Words, Words, Words]:
-    """Ten rounds of Philox on int64 tensors or arrays that hold 32-bit words; returns four such words.
-
-    Equal bit for bit to triton.language.philox(seed, c0, c1, c2, c3) with key = (low, high) word of the seed.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(NUM_ROUNDS):
-        high_b, low_b = _mul_hi_lo(ROUND_B, c2)
-        high_a, low_a = _mul_hi_lo(ROUND_A, c0)
-        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + KEY_A) & _WORD, (k1 + KEY_B) & _WORD
-    return c0, c1, c2, c3
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +39,8 @@ class Stream:
     def of(cls, seeds: Sequence[int], positions: Sequence[int], device: torch.device | None = None) -> Stream:
         """One stream a row, each tensor (rows, 1)."""
         columns = (
-            [seed & _WORD for seed in seeds],
-            [(seed >> 32) & _WORD for seed in seeds],
+            [seed & WORD for seed in seeds],
+            [(seed >> 32) & WORD for seed in seeds],
             list(positions),
         )
         low, high, position = (torch.tensor(column, device=device)[:, None] for column in columns)
@@ -154,10 +120,14 @@ def _words(ids: torch.Tensor, stream: Stream, *, domain: torch.Tensor) -> tuple[
         counter = (ids, stream.position, domain, zero)
         first, second, _, _ = philox_4x32(counter, (stream.seed_low, stream.seed_high))
         return first, second
-    # The same rounds on the same memory: numpy starts a small operation three times as fast.
-    arrays = (ids.numpy(), stream.position.numpy(), domain.numpy(), zero.numpy())
-    words = philox_4x32(arrays, (stream.seed_low.numpy(), stream.seed_high.numpy()))
-    return torch.from_numpy(words[0]), torch.from_numpy(words[1])
+    arrays = _array(ids), _array(stream.position), _array(domain), _array(zero)
+    words = first_two_words(arrays, (_array(stream.seed_low), _array(stream.seed_high)))
+    return torch.from_numpy(words[0].view(np.int64)), torch.from_numpy(words[1].view(np.int64))
+
+
+def _array(words: torch.Tensor) -> Array:
+    """The same memory; words are never negative."""
+    return words.numpy().view(np.uint64)
 
 
 def _exponential(word: torch.Tensor) -> torch.Tensor:
@@ -166,6 +136,6 @@ def _exponential(word: torch.Tensor) -> torch.Tensor:
     The word becomes u as in triton.language.uint_to_uniform_float; 0 is raised to 2**-32, because it would
     become infinite noise.
     """
-    folded = torch.where(word >= 2**31, word ^ _WORD, word)
+    folded = torch.minimum(word, word ^ WORD)
     uniform = (folded.to(torch.float32) * _TO_UNIFORM).clamp_min_(_SMALLEST_UNIFORM)
     return uniform.double().neg_().log1p_().neg_()

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from uld_kernels.noise import GROUP_SIZE, NOISE_SPAN, Stream, group_noise, gumbel_noise, philox_4x32
+from uld_kernels.noise import GROUP_SIZE, NOISE_SPAN, Stream, group_noise, gumbel_noise
+from uld_kernels.philox import first_two_words, philox_4x32
 
 # Multipliers and key increments of Philox-4xN by word size (Salmon et al. 2011).
 CONSTANTS = {
@@ -56,6 +57,25 @@ def test_philox_gives_random123_known_answers(
 ) -> None:
     assert tuple(int(word) for word in philox_4x32(words(*counter), key)) == answer
     assert scalar_philox(counter, key, 32) == answer
+
+
+@pytest.mark.parametrize("shapes", [((1, 5), (1, 1)), ((3, 193), (3, 1)), ((700,), (700,)), ((2, 3), (1, 1))])
+def test_philox_on_arrays_gives_the_words_that_it_gives_on_tensors(
+    shapes: tuple[tuple[int, ...], ...],
+) -> None:
+    rng = np.random.default_rng(0)
+    counter = [
+        rng.integers(0, 2**32, shape, dtype=np.uint64)
+        for shape in (shapes[0], shapes[1], shapes[0][-1:], (1,))
+    ]
+    key = [rng.integers(0, 2**32, shapes[1], dtype=np.uint64) for _ in range(2)]
+    before = [word.copy() for word in (*counter, *key)]
+    c0, c1, c2, c3 = (torch.from_numpy(word.astype(np.int64)) for word in counter)
+    k0, k1 = (torch.from_numpy(word.astype(np.int64)) for word in key)
+    expected = philox_4x32((c0, c1, c2, c3), (k0, k1))[:2]
+    got = first_two_words((counter[0], counter[1], counter[2], counter[3]), (key[0], key[1]))
+    assert [word.tolist() for word in got] == [word.tolist() for word in expected]
+    assert all((old == now).all() for old, now in zip(before, (*counter, *key), strict=True))
 
 
 def test_scalar_philox_equals_numpy_at_64_bits_and_ours_at_32() -> None:
