@@ -80,6 +80,7 @@ class Call:
     params: SamplingParams
     decision: Decision
     request_id: str
+    cache_salt: str = ""
     is_aborted: bool = False
 
     @property
@@ -114,9 +115,15 @@ class FakeEngine:
         self.is_alive = False
 
     async def stream(
-        self, prompt_ids: list[int], params: SamplingParams, decision: Decision, *, request_id: str
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        decision: Decision,
+        *,
+        request_id: str,
+        cache_salt: str = "",
     ) -> AsyncIterator[Delta]:
-        call = Call(prompt_ids, params, decision, request_id)
+        call = Call(prompt_ids, params, decision, request_id, cache_salt)
         self.calls.append(call)
         if self.refuse is not None:
             raise self.refuse

@@ -89,9 +89,16 @@ class AsyncEngine:
             self._thread.join()
 
     async def stream(
-        self, prompt_ids: list[int], params: SamplingParams, decision: Decision, *, request_id: str
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        decision: Decision,
+        *,
+        request_id: str,
+        cache_salt: str = "",
     ) -> AsyncIterator[Delta]:
-        """Deltas of one request; the last has `finish_reason`. Close the iterator to abort.
+        """Deltas of one request; the last has `finish_reason`. Close the iterator to abort. Cached prefixes are shared
+        with requests of the same salt only.
 
         Raises InvalidRequest, PromptTooLong, Overloaded, ProfileError or EngineStopped before the first Delta.
         A request that fails later ends with a Delta of finish_reason "error".
@@ -99,7 +106,7 @@ class AsyncEngine:
         self._refuse_if_full()
         self._engine.validate(prompt_ids, params)
         stream = _Stream(request_id, asyncio.get_running_loop(), asyncio.Queue())
-        self._inbox.put(lambda: self._add(stream, prompt_ids, params, decision))
+        self._inbox.put(lambda: self._add(stream, prompt_ids, params, decision, cache_salt))
         if not self.is_alive:
             # The loop may have ended since it was asked, and nobody would read the inbox again. If it has not, it
             # must not work for nobody.
@@ -154,10 +161,15 @@ class AsyncEngine:
             command()
 
     def _add(
-        self, stream: _Stream, prompt_ids: list[int], params: SamplingParams, decision: Decision
+        self,
+        stream: _Stream,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        decision: Decision,
+        cache_salt: str,
     ) -> None:
         try:
-            self._engine.add(stream.request_id, prompt_ids, params, decision)
+            self._engine.add(stream.request_id, prompt_ids, params, decision, cache_salt=cache_salt)
         except UldError as error:
             stream.put(error)
         except Exception:

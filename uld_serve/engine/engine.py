@@ -89,8 +89,19 @@ class Engine:
                 param=field_name,
             )
 
-    def add(self, request_id: str, prompt_ids: list[int], params: SamplingParams, decision: Decision) -> None:
-        """Queue a request. Raises InvalidRequest, PromptTooLong, Overloaded or ProfileError; then nothing is held."""
+    def add(
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        decision: Decision,
+        *,
+        cache_salt: str = "",
+    ) -> None:
+        """Queue a request. It shares cached prefixes with requests of its salt only.
+
+        Raises InvalidRequest, PromptTooLong, Overloaded or ProfileError; then nothing is held.
+        """
         self.validate(prompt_ids, params)
         if self.num_waiting >= self.config.max_waiting:
             raise Overloaded(f"{self.num_waiting} requests are waiting; try again later")
@@ -108,6 +119,7 @@ class Engine:
             params=params,
             plan=plan,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
+            cache_salt=cache_salt,
             detokenizer=Detokenizer(
                 self.tokenizer, prompt_ids, stop=params.stop, keep_stop=params.include_stop_str
             ),

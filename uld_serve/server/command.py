@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -100,13 +101,16 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
 
 
 def key_ring(settings: ServerSettings, environment: Mapping[str, str]) -> KeyRing:
-    """The file's keys, and one that may do everything if ULD_SERVE_API_KEY is set (for containers)."""
+    """The file's keys, and one that may do everything if ULD_SERVE_API_KEY is set (for containers). Each is kept apart
+    from the others in the prefix cache, by its name and never by the key itself, unless they are to share it."""
     policies = {bytes.fromhex(key.sha256): key.policy for key in settings.keys}
     key = environment.get(KEY_VARIABLE)
     if key is not None:
         if len(key) < MIN_KEY_CHARS:
             raise InvalidRequest(f"{KEY_VARIABLE} must have at least {MIN_KEY_CHARS} characters")
         policies[sha256_of(key.encode())] = KeyPolicy(name=KEY_VARIABLE, allow_base=True, logprobs=True)
+    if not settings.cache.share_between_keys:
+        policies = {digest: replace(one, cache_salt=f"key {one.name}") for digest, one in policies.items()}
     return KeyRing(policies)
 
 

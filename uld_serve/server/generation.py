@@ -110,7 +110,11 @@ class Generation:
         """Submit every choice and wait for the first Delta of any. Raises what the engine refuses with."""
         streams = [
             engine.stream(
-                choice.prompt.token_ids, choice.params, decision, request_id=f"{request_id}-{index}"
+                choice.prompt.token_ids,
+                choice.params,
+                decision,
+                request_id=f"{request_id}-{index}",
+                cache_salt=policy.cache_salt,
             )
             for index, choice in enumerate(choices)
         ]

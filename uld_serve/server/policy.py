@@ -31,7 +31,8 @@ class Profiles(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyPolicy:
-    """What the holder of one key may see. `default` is used when a request names no profile."""
+    """What the holder of one key may see. `default` is used when a request names no profile; cached prefixes are shared
+    with the requests of keys with the same `cache_salt`."""
 
     name: str
     mandatory: frozenset[str] = frozenset()
@@ -40,6 +41,7 @@ class KeyPolicy:
     allow_base: bool = False
     logprobs: bool = False
     max_concurrency: int | None = None
+    cache_salt: str = ""
 
     def may_see(self, name: str) -> bool:
         return self.allowed == "*" or name in self.allowed or name in self.mandatory or name in self.default

@@ -31,6 +31,15 @@ class Limits(BaseModel):
     heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 60.0
 
 
+class CacheSettings(BaseModel):
+    """`share_between_keys`: whether a prompt that one key has sent makes the same prompt faster for another, who could
+    then find out by the clock what the first one asks."""
+
+    model_config = _FROZEN
+
+    share_between_keys: bool = False
+
+
 class KeySettings(BaseModel):
     """One [[keys]] entry. What is left out is refused, except that any profile may be asked for: forgetting more
     is always allowed."""
@@ -86,6 +95,7 @@ class ServerSettings(BaseModel):
     adapter_bytes: Annotated[int | None, Field(ge=1)] = None
     audit_log: Path | None = None
     limits: Limits = Limits()
+    cache: CacheSettings = CacheSettings()
     keys: list[KeySettings] = []
 
     @property
