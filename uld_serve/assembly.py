@@ -3,15 +3,18 @@ wrong with them is refused here, before the first request."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from uld_serve.config import EngineSettings
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.scoring import admit
+from uld_serve.errors import ProfileMismatch
 from uld_serve.model.loading import Base, DType, load_base
-from uld_serve.profiles.profile import BaseFacts
+from uld_serve.profiles.profile import BaseFacts, ProfileVersion
 from uld_serve.profiles.registry import BUILTIN, Registry, check_base
 
 
@@ -32,8 +35,8 @@ def assemble(
 ) -> Assembly:
     """Load a base (None: the embedded one) and its profiles (None: the built-in ones, for the embedded base).
 
-    Each profile is verified from its files, checked against the base and replayed. Raises ModelUnsupported or
-    ProfileError.
+    Each profile is verified from its files, checked against the base and replayed; separate models that profiles name
+    are loaded too. Raises ModelUnsupported or ProfileError.
     """
     roots = profiles if profiles is not None else ([BUILTIN] if model is None else [])
     registry = Registry.load_all(roots)
@@ -42,8 +45,29 @@ def assemble(
     facts = facts_of(base)
     for version in registry:
         check_base(version, facts)
+    engine.prepare(list(registry), load_models(registry, base))
+    for version in registry:
         admit(engine, version)
     return Assembly(base, engine, registry)
+
+
+def load_models(versions: Iterable[ProfileVersion], base: Base) -> dict[str, Base]:
+    """The separate models that profiles name, by fingerprint; each is loaded once, in the base's dtype and on its
+    device. Raises ModelUnsupported, or ProfileMismatch when a model is not the one that its profile records."""
+    models: dict[str, Base] = {}
+    for version in versions:
+        for fingerprint, spec in version.models.items():
+            if fingerprint in models:
+                continue
+            dtype: DType = "float32" if base.dtype == torch.float32 else "bfloat16"
+            model = load_base(version.locate(spec), dtype=dtype, device=str(base.device))
+            if model.fingerprint != fingerprint:
+                raise ProfileMismatch(
+                    f"profile '{version.name}' was made with model {spec.id} of fingerprint {fingerprint}, but there "
+                    f"it is {model.fingerprint}; restore that model or make the profile again"
+                )
+            models[fingerprint] = model
+    return models
 
 
 def facts_of(base: Base) -> BaseFacts:

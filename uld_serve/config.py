@@ -13,6 +13,7 @@ class EngineSettings:
 
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
+    own_kv_bytes: int | None = None
     adapter_bytes: int | None = None
     block_size: int = 16
     max_num_seqs: int = 64
@@ -23,6 +24,7 @@ class EngineSettings:
         for name in (
             "max_model_len",
             "kv_cache_bytes",
+            "own_kv_bytes",
             "adapter_bytes",
             "block_size",
             "max_num_seqs",
@@ -39,7 +41,8 @@ class EngineSettings:
         """Fix the context length and the number of cache blocks.
 
         The cache gets `kv_cache_bytes`; else eight tenths of a GPU's free memory, or 1 GiB of main memory. The
-        adapters of all profiles get `adapter_bytes`; else one tenth, or 2 GiB.
+        adapters of all profiles get `adapter_bytes`; else one tenth, or 2 GiB. `own_kv_bytes` is for each cache that
+        some profile needs beside the target's, and resolved when the first such profile comes.
         """
         max_model_len = min(self.max_model_len or max_positions, max_positions)
         on_cpu = free_device_bytes is None
@@ -54,6 +57,7 @@ class EngineSettings:
             max_model_len=min(max_model_len, num_blocks * self.block_size),
             num_blocks=num_blocks,
             adapter_bytes=self.adapter_bytes or (2**31 if on_cpu else (free_device_bytes or 0) // 10),
+            own_kv_bytes=self.own_kv_bytes,
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
             max_step_rows=self.max_step_rows,
@@ -63,11 +67,13 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Resolved settings. `max_step_rows` bounds a step's rows, target and assistant rows together."""
+    """Resolved settings. `max_step_rows` bounds a step's rows, target and assistant rows together. `own_kv_bytes` is
+    None until there is something to share memory with (engine.provision)."""
 
     max_model_len: int
     num_blocks: int
     adapter_bytes: int
+    own_kv_bytes: int | None
     block_size: int
     max_num_seqs: int
     max_step_rows: int

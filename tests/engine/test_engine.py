@@ -176,13 +176,13 @@ def test_strength_outside_its_range_is_refused(tiny: Tiny, make_engine: MakeEngi
     engine.check_integrity()
 
 
-def test_streams_with_their_own_keys_and_values_are_refused_by_name(
+def test_streams_with_their_own_keys_and_values_are_refused_where_nobody_prepared_for_them(
     tiny: Tiny, make_engine: MakeEngine
 ) -> None:
     version = tiny.version("late-fork")
     stream = version.profile.streams[0].model_copy(update={"kv": "own"})
     own = replace(version, profile=version.profile.model_copy(update={"streams": (stream,)}))
-    with pytest.raises(ProfileError, match="own keys and values"):
+    with pytest.raises(ProfileError, match="keys and values of its own in 2 layers"):
         make_engine().add("r", PROMPT, greedy(1), Decision.of_version(own))
 
 

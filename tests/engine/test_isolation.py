@@ -87,9 +87,9 @@ def test_an_adapter_lost_under_a_running_request_ends_it_and_draws_nothing(
     engine.add("r", [1, 2, 3], greedy(9), Decision.of_version(tiny.version("late-fork")))
     engine.step()
     [stream] = engine.sequences["r"].plan.streams
-    engine.planner.bank.release(stream.adapter_key)  # as a second release, our bug, would
-    engine.planner.bank.evict(stream.adapter_key)
-    engine.planner.bank._users[stream.adapter_key] = 1
+    engine.planner.bank.release(stream.seat.key)  # as a second release, our bug, would
+    engine.planner.bank.evict(stream.seat.key)
+    engine.planner.bank._users[stream.seat.key] = 1
     [delta] = engine.step()
     assert delta.finish_reason == "error"
     assert delta.token_ids == ()

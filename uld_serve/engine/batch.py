@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from uld_serve.engine.plan import Seat, StreamPlan
 from uld_serve.engine.scheduler import Scheduled
 from uld_serve.engine.sequence import Sequence
-from uld_serve.model.row_batch import AssistantRow, RowBatch, SequenceRows
+from uld_serve.model.row_batch import NO_ADAPTER, AssistantRow, OwnRows, RowBatch, SequenceRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,61 +37,175 @@ class Batch:
     @classmethod
     def of(cls, scheduled: Series[Scheduled], *, block_size: int, device: torch.device) -> Batch:
         builder = _Builder(block_size, device)
-        for item in scheduled:
+        # Rows with an adapter are seated in one run that reaches to the assistants: they come last.
+        for item in sorted(scheduled, key=_target_slot):
             builder.add(item)
         return builder.batch()
+
+
+def _target_slot(item: Scheduled) -> int:
+    seat = item.sequence.plan.target_seat
+    return NO_ADAPTER if seat is None else seat.slot
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Rows of one model: tokens, positions, and where their keys and values go."""
+
+    block_size: int
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    sequences: list[SequenceRows] = field(default_factory=list)
+    head_rows: list[int] = field(default_factory=list)
+
+    def add(self, item: Scheduled, block_ids: list[int], seat: Seat | None) -> int:
+        """The first row of the sequence's next tokens."""
+        first_row, first = len(self.token_ids), item.sequence.num_computed
+        self.token_ids += item.sequence.tokens(first, item.count)
+        self.positions += range(first, first + item.count)
+        self.slots += _slots(block_ids, first, item.count, self.block_size)
+        blocks = block_ids[: -(-(first + item.count) // self.block_size)]
+        slot, key = (NO_ADAPTER, None) if seat is None else (seat.slot, seat.key)
+        self.sequences.append(SequenceRows(first_row, item.count, blocks, slot, key))
+        return first_row
+
+    def batch(
+        self,
+        device: torch.device,
+        *,
+        assistants: Series[AssistantRow] = (),
+        lanes: Series[OwnRows] = (),
+        separate: dict[str, RowBatch] | None = None,
+    ) -> RowBatch:
+        return RowBatch(
+            token_ids_T=torch.tensor(self.token_ids, device=device),
+            positions_T=torch.tensor(self.positions, device=device),
+            slots_T=torch.tensor(self.slots, device=device),
+            sequences=tuple(self.sequences),
+            assistants=tuple(assistants),
+            head_rows=torch.tensor(self.head_rows, dtype=torch.long, device=device),
+            lanes=tuple(lanes),
+            separate=separate or {},
+        )
+
+
+def _slots(block_ids: list[int], first: int, count: int, size: int) -> list[int]:
+    if count == 1:
+        return [block_ids[first // size] * size + first % size]
+    return [block_ids[at // size] * size + at % size for at in range(first, first + count)]
 
 
 @dataclass(slots=True)
 class _Builder:
     block_size: int
     device: torch.device
-    token_ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    sequences: list[SequenceRows] = field(default_factory=list)
+    target: _Rows = field(init=False)
     assistants: list[AssistantRow] = field(default_factory=list)
-    head_rows: list[int] = field(default_factory=list)
+    lanes: list[OwnRows] = field(default_factory=list)
     wanted: list[tuple[Sequence, int, int | None]] = field(default_factory=list)
+    elsewhere: dict[str, list[tuple[Scheduled, StreamPlan]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.target = _Rows(self.block_size)
 
     def add(self, item: Scheduled) -> None:
         sequence, count = item.sequence, item.count
-        first_row, first = len(self.token_ids), sequence.num_computed
-        self.token_ids += sequence.tokens(first, count)
-        self.positions += range(first, first + count)
-        blocks, size = sequence.block_ids, self.block_size
-        self.slots += [blocks[at // size] * size + at % size for at in range(first, first + count)]
-        num_blocks = -(-(first + count) // size)
-        self.sequences.append(SequenceRows(first_row, count, blocks[:num_blocks]))
+        plan, first = sequence.plan, sequence.num_computed
+        first_row = self.target.add(item, sequence.block_ids, plan.target_seat)
+        first_lane = len(self.lanes)
+        if len(plan.lanes) > 1:
+            self._add_lanes(item, first_row)
         for position in sequence.scored_positions(count):
-            self._want(sequence, position, first_row + position - first, sequence.prompt_ids[position + 1])
+            target_id = sequence.prompt_ids[position + 1]
+            self._want(sequence, position, first_row + position - first, first_lane, target_id)
         if sequence.draws_after(count):
-            self._want(sequence, first + count - 1, first_row + count - 1, None)
+            self._want(sequence, first + count - 1, first_row + count - 1, first_lane, None)
+
+    def _add_lanes(self, item: Scheduled, first_row: int) -> None:
+        """Rows at every position for the streams with keys and values of their own."""
+        sequence, first = item.sequence, item.sequence.num_computed
+        for stream in sequence.plan.streams:
+            if stream.borrows:
+                continue
+            if stream.model is not None:
+                self.elsewhere.setdefault(stream.model, []).append((item, stream))
+                continue
+            assert stream.seat is not None
+            block_ids = sequence.lanes[stream.lane].block_ids
+            self.lanes.append(
+                OwnRows(
+                    start=first_row,
+                    count=item.count,
+                    blocks=block_ids[: -(-(first + item.count) // self.block_size)],
+                    slots=_slots(block_ids, first, item.count, self.block_size),
+                    fork=stream.fork,
+                    exit=stream.exit,
+                    slot=stream.seat.slot,
+                    adapter_key=stream.seat.key,
+                )
+            )
+
+    def _want(
+        self, sequence: Sequence, position: int, row: int, first_lane: int, target_id: int | None
+    ) -> None:
+        self.wanted.append((sequence, position, target_id))
+        self.target.head_rows.append(row)
+        lane = first_lane
+        for stream in sequence.plan.streams:
+            if stream.model is not None:
+                continue
+            assert stream.seat is not None
+            own = None if stream.borrows else lane
+            lane += not stream.borrows
+            self.assistants.append(
+                AssistantRow(
+                    row, stream.fork, stream.exit, stream.seat.slot, stream.seat.key, stream.is_late, own
+                )
+            )
 
     def batch(self) -> Batch:
-        rows = RowBatch(
-            token_ids_T=torch.tensor(self.token_ids, device=self.device),
-            positions_T=torch.tensor(self.positions, device=self.device),
-            slots_T=torch.tensor(self.slots, device=self.device),
-            sequences=tuple(self.sequences),
-            assistants=tuple(self.assistants),
-            head_rows=torch.tensor(self.head_rows, dtype=torch.long, device=self.device),
-        )
+        """Scores come in this order: the target's, assistants' of the base, separate models', late ones."""
+        num_late = sum(row.is_late for row in self.assistants)
+        num_ours = len(self.wanted) + len(self.assistants) - num_late
+        separate, next_of, num_whole = self._separate(num_ours)
+        next_whole, next_late = len(self.wanted), num_whole
         wants = []
-        next_whole = len(self.head_rows)
-        next_late = next_whole + sum(not row.is_late for row in self.assistants)
         for row, (sequence, position, target_id) in enumerate(self.wanted):
             stream_rows = []
-            for stream in sequence.plan.streams:
-                stream_rows.append(next_late if stream.is_late else next_whole)
-                next_late, next_whole = next_late + stream.is_late, next_whole + (not stream.is_late)
+            for number, stream in enumerate(sequence.plan.streams):
+                if stream.model is not None:
+                    stream_rows.append(next_of[id(sequence), number])
+                    next_of[id(sequence), number] += 1
+                elif stream.is_late:
+                    stream_rows.append(next_late)
+                    next_late += 1
+                else:
+                    stream_rows.append(next_whole)
+                    next_whole += 1
             wants.append(Want(sequence, position + 1, row, tuple(stream_rows), target_id))
+        rows = self.target.batch(self.device, assistants=self.assistants, lanes=self.lanes, separate=separate)
         return Batch(rows, tuple(wants))
 
-    def _want(self, sequence: Sequence, position: int, row: int, target_id: int | None) -> None:
-        self.wanted.append((sequence, position, target_id))
-        self.head_rows.append(row)
-        for stream in sequence.plan.streams:
-            self.assistants.append(
-                AssistantRow(row, stream.fork, stream.exit, stream.slot, stream.adapter_key, stream.is_late)
-            )
+    def _separate(self, first: int) -> tuple[dict[str, RowBatch], dict[tuple[int, int], int], int]:
+        """Each separate model's rows; the first row of scores, from `first` on, of each (sequence, stream) in them;
+        and the row after the last."""
+        batches: dict[str, RowBatch] = {}
+        firsts: dict[tuple[int, int], int] = {}
+        for model, members in self.elsewhere.items():
+            rows = _Rows(self.block_size)
+            for item, stream in sorted(members, key=lambda member: _slot(member[1].seat)):
+                sequence, count = item.sequence, item.count
+                start = rows.add(item, sequence.lanes[stream.lane].block_ids, stream.seat)
+                firsts[id(sequence), sequence.plan.streams.index(stream)] = first + len(rows.head_rows)
+                at = [position - sequence.num_computed for position in sequence.scored_positions(count)]
+                rows.head_rows += [start + offset for offset in at]
+                if sequence.draws_after(count):
+                    rows.head_rows.append(start + count - 1)
+            batches[model] = rows.batch(self.device)
+            first += len(rows.head_rows)
+        return batches, firsts, first
+
+
+def _slot(seat: Seat | None) -> int:
+    return NO_ADAPTER if seat is None else seat.slot

@@ -2,9 +2,8 @@
 knows no tensor and no request.
 
 Prefix cache: a full block is known by a key that covers every token up to its end, so that a later sequence with
-the same beginning can share it. Target blocks hold nothing of any profile (assistants borrow them), so one entry
-serves every profile. A block that nobody holds keeps its contents until its place is needed; the one longest out
-of use goes first.
+the same beginning can share it. What else its contents depend on (a profile, a tenant) is in the key's salt. A
+block that nobody holds keeps its contents until its place is needed; the one longest out of use goes first.
 """
 
 from __future__ import annotations
@@ -12,19 +11,31 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 BlockKey = bytes
 
 
-def block_keys(token_ids: Sequence[int], *, block_size: int, salt: str = "") -> Iterator[BlockKey]:
-    """The key of each full block of a sequence. `salt` keeps tenants apart who must not share (or time) a cache."""
-    chain = hashlib.blake2b(salt.encode(), digest_size=16)
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        # Fixed width per token: no two token sequences give the same bytes.
-        chain.update(array("q", token_ids[start : start + block_size]).tobytes())
-        yield chain.digest()
+class BlockKeys:
+    """The keys of a growing sequence's full blocks; each token is hashed once. `salt` keeps apart what must not be
+    shared: tenants who must not time each other's cache, profiles with keys and values of their own."""
+
+    __slots__ = ("_block_size", "_chain", "_keys")
+
+    def __init__(self, *, block_size: int, salt: str = "") -> None:
+        self._block_size = block_size
+        self._chain = hashlib.blake2b(salt.encode(), digest_size=16)
+        self._keys: list[BlockKey] = []
+
+    def first(self, num_blocks: int, tokens: Callable[[int, int], Sequence[int]]) -> list[BlockKey]:
+        """Keys of the first blocks. `tokens(start, count)` gives the sequence's token ids, always the same ones."""
+        for block in range(len(self._keys), num_blocks):
+            # Fixed width per token: no two token sequences give the same bytes.
+            ids = tokens(block * self._block_size, self._block_size)
+            self._chain.update(array("q", ids).tobytes())
+            self._keys.append(self._chain.digest())
+        return self._keys[:num_blocks]
 
 
 @dataclass(slots=True)
@@ -50,6 +61,10 @@ class BlockPool:
         return len(self._unused) + len(self._idle)
 
     @property
+    def num_held(self) -> int:
+        return len(self._holders)
+
+    @property
     def usage(self) -> float:
         """Share of blocks held by sequences, 0 to 1."""
         return len(self._holders) / self.num_blocks
@@ -73,16 +88,16 @@ class BlockPool:
         found, self._to_clear = self._to_clear, []
         return found
 
-    def take_cached(self, keys: Sequence[BlockKey]) -> list[int]:
+    def num_known(self, keys: Sequence[BlockKey]) -> int:
+        """How many blocks long the longest known beginning of `keys` is."""
+        return next((n for n, key in enumerate(keys) if key not in self._block_of), len(keys))
+
+    def take_cached(self, keys: Sequence[BlockKey], *, at_most: int | None = None) -> list[int]:
         """The blocks of the longest known beginning of `keys`, now held by the caller too."""
-        found: list[int] = []
-        for key in keys:
-            block_id = self._block_of.get(key)
-            if block_id is None:
-                break
+        found = [self._block_of[key] for key in keys[: self.num_known(keys)][:at_most]]
+        for block_id in found:
             self._idle.pop(block_id, None)
             self._holders[block_id] = self._holders.get(block_id, 0) + 1
-            found.append(block_id)
         self.num_lookups += len(keys)
         self.num_hits += len(found)
         return found

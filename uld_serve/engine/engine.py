@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from collections.abc import Sequence as Series
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -15,8 +17,10 @@ from uld_serve.config import EngineConfig, EngineSettings
 from uld_serve.engine.batch import Batch
 from uld_serve.engine.block_pool import BlockPool
 from uld_serve.engine.detokenizer import Detokenizer
-from uld_serve.engine.plan import Decision, Planner
-from uld_serve.engine.request import Delta, FinishReason, SamplingParams, TokenLogprob
+from uld_serve.engine.plan import TARGET_POOL, Decision, Plan, Planner, ProfileVersion
+from uld_serve.engine.pools import Pools
+from uld_serve.engine.provision import Provision
+from uld_serve.engine.request import Delta, FinishReason, Receipt, SamplingParams, TokenLogprob
 from uld_serve.engine.runner import Runner
 from uld_serve.engine.sampler import Outcome, Sampler
 from uld_serve.engine.scheduler import Scheduled, Scheduler
@@ -24,7 +28,6 @@ from uld_serve.engine.sequence import Sequence
 from uld_serve.engine.tokenizer import Tokenizer
 from uld_serve.errors import InvalidRequest, Overloaded, PromptTooLong, UldError
 from uld_serve.model.decoder import Decoder
-from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.loading import Base
 
 logger = logging.getLogger(__name__)
@@ -34,9 +37,11 @@ logger = logging.getLogger(__name__)
 class Engine:
     """One base model, many requests, each with its own profiles. Not thread-safe: one thread calls it."""
 
+    base: Base
     config: EngineConfig
     tokenizer: Tokenizer
     planner: Planner
+    pools: Pools
     scheduler: Scheduler
     runner: Runner
     sampler: Sampler
@@ -49,15 +54,24 @@ class Engine:
         decoder.self_check()
         config = _resolve(settings or EngineSettings(), decoder)
         decoder.bank.budget_bytes = config.adapter_bytes
+        pools = Pools({TARGET_POOL: BlockPool(config.num_blocks, config.block_size)})
         tokenizer = Tokenizer(base.tokenizer, vocab_size=base.vocab_size, eos_ids=base.eos_ids)
         return cls(
+            base=base,
             config=config,
             tokenizer=tokenizer,
             planner=Planner(decoder.bank, defers_logits=base.device.type == "cpu"),
-            scheduler=Scheduler(config, BlockPool(config.num_blocks, config.block_size)),
+            pools=pools,
+            scheduler=Scheduler(config, pools),
             runner=Runner.of(decoder, config),
             sampler=Sampler(tokenizer, base.vocab_size, base.device, uld_serve.__version__),
         )
+
+    def prepare(self, versions: Series[ProfileVersion], models: Mapping[str, Base] | None = None) -> None:
+        """Make room for what these profiles need beyond the base: their own keys and values, separate models (given
+        loaded, by fingerprint). Profiles that borrow need nothing. What it raises: `Provision.make`."""
+        provision = Provision(self.base, self.config, self.planner, self.pools, self.runner)
+        provision.make(versions, models or {})
 
     @property
     def has_work(self) -> bool:
@@ -108,11 +122,11 @@ class Engine:
         if request_id in self.sequences:
             raise InvalidRequest(f"request id {request_id!r} is in use")
         plan = self.planner.plan(decision)
-        if 1 + len(plan.streams) > self.config.max_step_rows:
+        try:
+            max_len = self._max_len(plan, len(prompt_ids) + min(params.max_tokens, 1))
+        except InvalidRequest:
             self.planner.release(plan)
-            raise InvalidRequest(
-                f"these profiles need {1 + len(plan.streams)} rows a token, a step has {self.config.max_step_rows}"
-            )
+            raise
         sequence = Sequence(
             request_id=request_id,
             prompt_ids=list(prompt_ids),
@@ -123,9 +137,29 @@ class Engine:
             detokenizer=Detokenizer(
                 self.tokenizer, prompt_ids, stop=params.stop, keep_stop=params.include_stop_str
             ),
+            max_len=max_len,
+            lanes=self.pools.lanes(plan.lanes, tenant=cache_salt),
         )
         self.sequences[request_id] = sequence
         self.scheduler.add(sequence)
+
+    def _max_len(self, plan: Plan, num_tokens: int) -> int:
+        """How long a sequence can get under a plan. Raises InvalidRequest if `num_tokens` is more, or if a step has
+        too few rows for one token."""
+        if 1 + len(plan.streams) > self.config.max_step_rows:
+            raise InvalidRequest(
+                f"these profiles need {1 + len(plan.streams)} rows a token, a step has {self.config.max_step_rows}"
+            )
+        limits = [self.config.max_model_len, self.pools.longest(plan.lanes)]
+        if plan.max_positions is not None:
+            limits.append(plan.max_positions)
+        if num_tokens > min(limits):
+            raise PromptTooLong(
+                f"under these profiles a sequence can have {min(limits)} tokens in all and this one needs at least "
+                f"{num_tokens}; raise own_kv_bytes if there is memory for it",
+                param="prompt",
+            )
+        return min(limits)
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request now and free all it holds; None if it has ended already."""
@@ -151,8 +185,8 @@ class Engine:
         self.scheduler.check_integrity()
         held = [*self.scheduler.running, *self.scheduler.waiting]
         assert {id(s) for s in held} == {id(s) for s in self.sequences.values()}, "a sequence is lost"
-        streams = sum(len(s.plan.streams) for s in self.sequences.values())
-        assert self.planner.bank.total_users == streams, "an adapter is held by nobody or not held"
+        seats = sum(len(s.plan.seats) for s in self.sequences.values())
+        assert self.planner.num_users == seats, "an adapter is held by nobody or not held"
 
     def _run(self, scheduled: list[Scheduled]) -> tuple[list[Outcome], list[tuple[Scheduled, UldError]]]:
         """Run and sample. When that raises, halve the batch until the culprit is alone: only its request ends.
@@ -162,8 +196,7 @@ class Engine:
         if not scheduled:
             return [], []
         try:
-            if left_over := self.scheduler.pool.pop_to_clear():
-                self.runner.clear(left_over)
+            self._clear_left_over()
             batch = Batch.of(scheduled, block_size=self.config.block_size, device=self.sampler.device)
             return self.sampler.sample(batch.wants, self.runner.run(batch.rows)), []
         except Exception as error:  # whatever it is, it must end one request and no other
@@ -173,6 +206,14 @@ class Engine:
             middle = len(scheduled) // 2
             first, second = self._run(scheduled[:middle]), self._run(scheduled[middle:])
             return first[0] + second[0], first[1] + second[1]
+
+    def _clear_left_over(self) -> None:
+        for name, pool in self.pools.by_name.items():
+            if left_over := pool.pop_to_clear():
+                if name == TARGET_POOL:
+                    self.runner.clear(left_over)
+                else:
+                    self.runner.clear_beside(name, left_over)
 
     def _take_in(self, item: Scheduled, outcomes: list[Outcome]) -> list[Delta]:
         try:
@@ -192,7 +233,7 @@ class Engine:
                 return [self._fail(sequence, outcome.error)]
             if outcome.want.target_id is not None:
                 sequence.prompt_scores.append(outcome.logprob)
-            sequence.receipt = outcome.receipt
+            sequence.receipt = _whole_receipt(sequence, outcome)
         if outcomes and outcomes[-1].want.target_id is None and sequence.params.max_tokens > 0:
             return [self._accept(sequence, outcomes[-1])]
         if sequence.params.max_tokens == 0 and sequence.remaining == 0:
@@ -208,7 +249,7 @@ class Engine:
         text = sequence.detokenizer.push(token_id, may_stop=may_stop)
         if may_stop and (is_eos or token_id in params.stop_token_ids or sequence.detokenizer.is_stopped):
             return self._finish(sequence, "stop", text=text, outcome=outcome)
-        if len(sequence.output_ids) >= params.max_tokens or sequence.num_tokens >= self.config.max_model_len:
+        if len(sequence.output_ids) >= params.max_tokens or sequence.num_tokens >= sequence.max_len:
             return self._finish(sequence, "length", text=text, outcome=outcome)
         return Delta(
             request_id=sequence.request_id,
@@ -216,7 +257,7 @@ class Engine:
             token_ids=(token_id,),
             logprobs=None if outcome.logprob is None else (outcome.logprob,),
             prompt_logprobs=_prompt_logprobs(sequence, after=outcome),
-            receipt=outcome.receipt if len(sequence.output_ids) == 1 else None,
+            receipt=sequence.receipt if len(sequence.output_ids) == 1 else None,
         )
 
     def _finish(
@@ -257,6 +298,15 @@ def _prompt_logprobs(sequence: Sequence, *, after: Outcome | None) -> tuple[Toke
     return tuple(sequence.prompt_scores) if is_first and sequence.params.prompt_logprobs is not None else None
 
 
+def _whole_receipt(sequence: Sequence, outcome: Outcome) -> Receipt:
+    """What was combined, and the profiles that need no combining: their adapter is in the target's own rows, which
+    the decoder has checked."""
+    silent = sequence.plan.silent
+    return (
+        replace(outcome.receipt, profiles=(*silent, *outcome.receipt.profiles)) if silent else outcome.receipt
+    )
+
+
 def _as_uld_error(error: Exception) -> UldError:
     """What the client is told; the cause is in the log, never in the answer."""
     return error if isinstance(error, UldError) else UldError("the request failed inside the engine")
@@ -267,8 +317,6 @@ def _resolve(settings: EngineSettings, decoder: Decoder) -> EngineConfig:
     free = torch.cuda.mem_get_info(base.device)[0] if base.device.type == "cuda" else None
     return settings.resolve(
         max_positions=decoder.max_positions,
-        bytes_per_token=KVCache.bytes_per_token(
-            base.num_layers, num_kv_heads=decoder.num_kv_heads, head_dim=decoder.head_dim, dtype=base.dtype
-        ),
+        bytes_per_token=decoder.cache_bytes_per_token(base.num_layers),
         free_device_bytes=free,
     )

@@ -6,14 +6,14 @@ Called by the engine at admission. Knows the adapter bank, but no tensor, text o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
 from uld_serve.engine.request import ReceiptEntry
-from uld_serve.errors import InvalidRequest, Overloaded, ProfileError
+from uld_serve.errors import InvalidRequest, Overloaded, ProfileError, ProfileMismatch
 from uld_serve.model.adapter_bank import AdapterBank
-from uld_serve.profiles.profile import FilterMode, ProfileVersion, RuleKind
+from uld_serve.profiles.profile import TARGET, FilterMode, ProfileVersion, RuleKind, StreamSpec
 
 __all__ = ["Applied", "Compose", "Decision", "Plan", "Planner", "ProfileVersion", "StreamPlan", "TermPlan"]
 
@@ -52,16 +52,45 @@ class Decision:
         return cls(tuple(applied), compose)
 
 
+TARGET_POOL, OWN_POOL = "target", "own"
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """An adapter held in a bank: its key there and its slot."""
+
+    key: str
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class LanePlan:
+    """Keys and values that a request keeps at every position: which pool they come from, and what they depend on
+    besides its tokens, as the salt of their blocks' keys."""
+
+    pool: str
+    salt: str
+
+
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
-    """One assistant row per scored position: where it forks and exits, and its adapter's bank slot. `is_late`: the
-    rules ask for its logits on some hundred tokens at most."""
+    """One assistant: where it forks and exits, and its adapter.
+
+    One that borrows (`lane` 0, the target's) has a row at each scored position; one with keys and values of its own
+    has a row at every position and the plan's lane `lane`. `model` names the separate model that it runs in; without
+    an adapter it has no seat. `is_late`: the rules ask for its logits on some hundred tokens at most.
+    """
 
     fork: int
     exit: int
-    adapter_key: str
-    slot: int
+    seat: Seat | None
     is_late: bool = False
+    lane: int = 0
+    model: str | None = None
+
+    @property
+    def borrows(self) -> bool:
+        return self.lane == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,34 +111,79 @@ class TermPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """What a request runs. `lanes[0]` is the target's; `target_seat` the adapter that the target itself carries.
+
+    `terms` are the rules that combine scores; `silent` the receipts of profiles whose rule is the identity, which do
+    all they do in the target. `max_positions` bounds a sequence where a separate model's context is shorter.
+    """
+
     streams: tuple[StreamPlan, ...]
     terms: tuple[TermPlan, ...]
+    silent: tuple[ReceiptEntry, ...]
     compose: Compose
+    lanes: tuple[LanePlan, ...]
+    target_seat: Seat | None
+    num_borrowing: int
+    max_positions: int | None = None
+
+    @property
+    def seats(self) -> list[tuple[str | None, Seat]]:
+        """Every adapter held, with the model in whose bank it sits; None is the base."""
+        held = [(stream.model, stream.seat) for stream in self.streams if stream.seat is not None]
+        return held if self.target_seat is None else [*held, (None, self.target_seat)]
 
 
 @dataclass(frozen=True, slots=True)
+class SecondModel:
+    """A separate assistant model that is loaded: its adapters, its layers and its context."""
+
+    bank: AdapterBank
+    num_layers: int
+    max_positions: int
+
+
+@dataclass(slots=True)
 class Planner:
-    """Makes plans and holds the adapters that they use until they are released."""
+    """Makes plans and holds the adapters that they use until they are released.
+
+    `own_layers` is how many layers deep an assistant of the base may keep keys and values of its own; `models` are
+    the separate ones loaded, by fingerprint. What is not there is refused.
+    """
 
     bank: AdapterBank
     defers_logits: bool = False
     """Worth it where the head costs more with more rows, as on a CPU."""
+    own_layers: int = 0
+    models: dict[str, SecondModel] = field(default_factory=dict)
 
     def check(self, version: ProfileVersion) -> None:
         """Raise ProfileError for a profile that this engine cannot run, before anybody asks for it."""
-        profile = version.profile
-        if profile.target_adapter is not None:
+        for stream in version.profile.streams:
+            where = f"profile '{version.name}': stream '{stream.name}'"
+            if stream.model is None:
+                self._check_on_base(stream, where)
+            else:
+                self._check_in_model(stream, stream.model.fingerprint, where)
+
+    def _check_on_base(self, stream: StreamSpec, where: str) -> None:
+        if stream.adapter is None:
             raise ProfileError(
-                f"profile '{profile.name}' has a target_adapter, which this version does not serve"
+                f"{where} has no adapter and no model of its own, so it would say what the base says"
             )
-        for stream in profile.streams:
-            if stream.kv != "borrowed":
-                raise ProfileError(
-                    f"profile '{profile.name}': stream '{stream.name}' keeps its own keys and values, which this "
-                    "version does not serve; train it with kv 'borrowed'"
-                )
-            if stream.adapter is None:
-                raise ProfileError(f"profile '{profile.name}': stream '{stream.name}' has no adapter")
+        if stream.kv == "own" and stream.exit - stream.fork > self.own_layers:
+            raise ProfileError(
+                f"{where} keeps keys and values of its own in {stream.exit - stream.fork} layers; there is room for "
+                f"{self.own_layers}: name the profile at start, or prepare the engine for it"
+            )
+
+    def _check_in_model(self, stream: StreamSpec, fingerprint: str, where: str) -> None:
+        model = self.models.get(fingerprint)
+        if model is None:
+            raise ProfileError(
+                f"{where} runs in model {fingerprint}, which is not loaded: name the profile at start"
+            )
+        if stream.exit != model.num_layers:
+            raise ProfileMismatch(f"{where} exits at layer {stream.exit}; its model has {model.num_layers}")
 
     def plan(self, decision: Decision) -> Plan:
         """Streams and terms of a decision; a profile given twice counts once, at its larger scale.
@@ -123,44 +197,86 @@ class Planner:
                 strongest[applied.version.digest] = applied
         for applied in strongest.values():
             self.check(applied.version)
-        streams: list[StreamPlan] = []
+        draft = _Draft()
         try:
-            terms = tuple(self._term(applied, streams) for applied in strongest.values())
+            self._seat_target(list(strongest.values()), draft)
+            rules = tuple(self._term(applied, draft) for applied in strongest.values())
         except Overloaded as error:
-            self._release(streams)
-            if self.bank.total_users == 0:
+            self._release(draft.seats)
+            if self.num_users == 0:
                 raise InvalidRequest(
                     "the adapters of these profiles together take more memory than adapters may have (adapter_bytes)"
                 ) from error
             raise
         except Exception:
-            self._release(streams)
+            self._release(draft.seats)
             raise
-        if self.defers_logits and _asks_few_tokens(terms):
+        return self._plan(draft, rules, decision.compose)
+
+    def _plan(self, draft: _Draft, rules: tuple[TermPlan, ...], compose: Compose) -> Plan:
+        terms = tuple(term for term in rules if term.kind != "identity")
+        streams = draft.streams
+        elsewhere = {stream.model for stream in streams if stream.model is not None}
+        if self.defers_logits and not elsewhere and _asks_few_tokens(terms):
             streams = [replace(stream, is_late=True) for stream in streams]
-        return Plan(tuple(streams), terms, decision.compose)
+        return Plan(
+            streams=tuple(streams),
+            terms=terms,
+            silent=tuple(term.entry for term in rules if term.kind == "identity"),
+            compose=compose,
+            lanes=tuple(draft.lanes),
+            target_seat=draft.target_seat,
+            num_borrowing=sum(stream.borrows for stream in streams),
+            max_positions=min((self.models[name].max_positions for name in elsewhere), default=None),
+        )
 
     def release(self, plan: Plan) -> None:
-        self._release(plan.streams)
+        self._release(plan.seats)
 
-    def _release(self, streams: Sequence[StreamPlan]) -> None:
-        for stream in streams:
-            self.bank.release(stream.adapter_key)
+    @property
+    def num_users(self) -> int:
+        """Adapters held, in all models, counted once for each holder."""
+        return sum(bank.total_users for bank in [self.bank, *(model.bank for model in self.models.values())])
 
-    def _term(self, applied: Applied, streams: list[StreamPlan]) -> TermPlan:
+    def _release(self, seats: Sequence[tuple[str | None, Seat]]) -> None:
+        for model, seat in seats:
+            self._bank(model).release(seat.key)
+
+    def _bank(self, model: str | None) -> AdapterBank:
+        return self.bank if model is None else self.models[model].bank
+
+    def _seat_target(self, decision: Sequence[Applied], draft: _Draft) -> None:
+        """The adapter that the target itself carries. Its keys and values then depend on the profile, and with them
+        those of every assistant that forks from it."""
+        named = [one.version for one in decision if one.version.profile.target_adapter is not None]
+        if len(named) > 1:
+            raise InvalidRequest(
+                f"profiles {', '.join(repr(v.name) for v in named)} each put an adapter on the target itself; one "
+                "request can have one such profile"
+            )
+        if named:
+            draft.target_seat = self._seat(draft, None, named[0], TARGET)
+            draft.digest = named[0].digest
+        draft.lanes.append(LanePlan(TARGET_POOL, _salt(draft.digest)))
+
+    def _seat(self, draft: _Draft, model: str | None, version: ProfileVersion, owner: str) -> Seat:
+        key = f"{version.digest}/{owner}"
+        seat = Seat(key, self._bank(model).acquire(key, partial(version.adapters.__getitem__, owner)))
+        draft.seats.append((model, seat))
+        return seat
+
+    def _term(self, applied: Applied, draft: _Draft) -> TermPlan:
         version, rule = applied.version, applied.version.profile.rule
         if not 0 < applied.scale <= 2:
             raise InvalidRequest("forget_strength must be above 0 and at most 2", param="forget_strength")
-        if rule.kind == "pair_rank" and applied.scale != 1:
+        if rule.kind in ("identity", "pair_rank") and applied.scale != 1:
             raise InvalidRequest(
                 f"profile '{version.name}' has no strength to scale", param="forget_strength"
             )
         index = {}
         for stream in version.profile.streams:
-            key = f"{version.digest}/{stream.name}"
-            slot = self.bank.acquire(key, partial(version.adapters.__getitem__, stream.name))
-            index[stream.name] = len(streams)
-            streams.append(StreamPlan(stream.fork, stream.exit, key, slot))
+            index[stream.name] = len(draft.streams)
+            draft.streams.append(self._stream(stream, version, draft))
         strength = rule.strength * applied.scale
         return TermPlan(
             kind=rule.kind,
@@ -174,6 +290,32 @@ class Planner:
             tag=int(version.digest.removeprefix("sha256:")[:15], 16),
             entry=ReceiptEntry(version.name, version.digest, rule.kind, strength),
         )
+
+    def _stream(self, stream: StreamSpec, version: ProfileVersion, draft: _Draft) -> StreamPlan:
+        model = None if stream.model is None else stream.model.fingerprint
+        seat = None if stream.adapter is None else self._seat(draft, model, version, stream.name)
+        lane = 0
+        if stream.kv == "own":
+            lane = len(draft.lanes)
+            salt = _salt(draft.digest, version.digest, stream.name)
+            draft.lanes.append(LanePlan(OWN_POOL if model is None else model, salt))
+        return StreamPlan(stream.fork, stream.exit, seat, lane=lane, model=model)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan being made: what it holds so far. `digest`: of the profile whose adapter the target carries."""
+
+    streams: list[StreamPlan] = field(default_factory=list)
+    lanes: list[LanePlan] = field(default_factory=list)
+    seats: list[tuple[str | None, Seat]] = field(default_factory=list)
+    target_seat: Seat | None = None
+    digest: str = ""
+
+
+def _salt(*parts: str) -> str:
+    """Length-prefixed, so that no two lists of parts give the same salt."""
+    return "".join(f"{len(part)}:{part}" for part in parts)
 
 
 def _asks_few_tokens(terms: Sequence[TermPlan]) -> bool:

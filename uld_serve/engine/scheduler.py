@@ -1,8 +1,9 @@
 """Decides which requests run next and with how many tokens. Called by Engine.step. Knows nothing of tensors,
 text or HTTP.
 
-Oldest first. A step has a budget of rows, assistant rows counted. Blocks are taken as tokens come; when none
-is left the newest running sequence gives its blocks back and starts again later (preemption by recompute).
+Oldest first. A step has a budget of rows, assistant rows counted. Blocks are taken as tokens come; when a pool has
+none left the newest running sequence that holds some of it gives all its blocks back and starts again later
+(preemption by recompute).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from uld_serve.config import EngineConfig
-from uld_serve.engine.block_pool import BlockKey, BlockPool, block_keys
+from uld_serve.engine.block_pool import BlockPool
+from uld_serve.engine.pools import Pools
 from uld_serve.engine.sequence import Sequence
 
 
@@ -26,10 +28,15 @@ class Scheduled:
 @dataclass(slots=True)
 class Scheduler:
     config: EngineConfig
-    pool: BlockPool
+    pools: Pools
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     num_preemptions: int = 0
+
+    @property
+    def pool(self) -> BlockPool:
+        """The target's."""
+        return self.pools.target
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -38,7 +45,7 @@ class Scheduler:
         """Take a sequence out, wherever it is, and free its blocks (BlockPool.give_back). What a failed one has
         computed is not shared again: it may be what made it fail."""
         if has_failed:
-            self.pool.withdraw(sequence.block_ids)
+            self.pools.withdraw(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -61,22 +68,23 @@ class Scheduler:
 
     def advance(self, item: Scheduled) -> None:
         """The scheduled tokens have been run: count them, and publish blocks that are full now."""
-        sequence, block_size = item.sequence, self.pool.block_size
+        sequence, block_size = item.sequence, self.pools.block_size
         first_new = sequence.num_computed // block_size
         sequence.num_computed += item.count
-        num_full = sequence.num_computed // block_size
-        if num_full > first_new:
-            keys = self._keys(sequence, num_full * block_size)
-            for block_id, key in list(zip(sequence.block_ids, keys, strict=False))[first_new:]:
-                self.pool.publish(block_id, key)
+        self.pools.publish(sequence, first_new, sequence.num_computed // block_size)
 
     def num_rows(self, sequence: Sequence, count: int) -> int:
-        """Rows of the widened batch: `count` target rows, and one row a stream at every scored position."""
-        scored = len(sequence.scored_positions(count)) + sequence.draws_after(count)
-        return count + scored * len(sequence.plan.streams)
+        """Rows of the widened batch: `count` target rows, as many for each stream with keys and values of its own,
+        and one row a borrowing stream at every scored position."""
+        plan = sequence.plan
+        num_rows = count * len(plan.lanes)
+        if plan.num_borrowing:
+            scored = len(sequence.scored_positions(count)) + sequence.draws_after(count)
+            num_rows += scored * plan.num_borrowing
+        return num_rows
 
     def check_integrity(self) -> None:
-        self.pool.check_integrity([b for sequence in self.running for b in sequence.block_ids])
+        self.pools.check_integrity(self.running)
         assert not any(sequence.block_ids for sequence in self.waiting), "a waiting sequence holds blocks"
 
     def _admit(self, scheduled: list[Scheduled], budget: int) -> None:
@@ -84,12 +92,9 @@ class Scheduler:
             sequence = self.waiting[0]
             self._reuse_prefix(sequence)
             count = self._affordable(sequence, budget)
-            needed = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
-            blocks = self.pool.try_take(needed) if count else None
-            if blocks is None:
+            if not count or not self.pools.try_extend(sequence, sequence.num_computed + count):
                 self._free(sequence)
                 return
-            sequence.block_ids += blocks
             if sequence.num_cached is None:
                 sequence.num_cached = sequence.num_computed
             self.running.append(self.waiting.popleft())
@@ -98,21 +103,25 @@ class Scheduler:
 
     def _affordable(self, sequence: Sequence, budget: int) -> int:
         """The longest next chunk whose rows fit the budget; 0 if none."""
-        count = min(sequence.remaining, budget)
+        plan = sequence.plan
+        count = min(sequence.remaining, budget // len(plan.lanes))
         while count and self.num_rows(sequence, count) > budget:
             excess = self.num_rows(sequence, count) - budget
-            count -= max(1, excess // (1 + len(sequence.plan.streams)))
+            count -= max(1, excess // (len(plan.lanes) + plan.num_borrowing))
         return max(count, 0)
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Blocks for `count` more tokens, taken from the newest sequences if need be."""
-        needed = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
-        while (blocks := self.pool.try_take(max(needed, 0))) is None:
-            newest = self.running[-1]
+        """Blocks for `count` more tokens, from the newest sequences if need be; False if it had to give way itself.
+
+        The oldest can take from all others, in every pool, so it always gets on.
+        """
+        num_tokens = sequence.num_computed + count
+        while not self.pools.try_extend(sequence, num_tokens):
+            short = self.pools.lacking(sequence, num_tokens)
+            newest = next(one for one in reversed(self.running) if any(x.pool == short for x in one.lanes))
             self._preempt(newest)
             if newest is sequence:
                 return False
-        sequence.block_ids += blocks
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -126,16 +135,10 @@ class Scheduler:
         its scores are not in the cache."""
         if sequence.scores_prompt:
             return
-        usable = (sequence.num_tokens - 1) // self.pool.block_size
-        keys = self._keys(sequence, usable * self.pool.block_size)
-        sequence.block_ids = self.pool.take_cached(keys)
-        sequence.num_computed = len(sequence.block_ids) * self.pool.block_size
-
-    def _keys(self, sequence: Sequence, num_tokens: int) -> list[BlockKey]:
-        token_ids = sequence.tokens(0, num_tokens)
-        return list(block_keys(token_ids, block_size=self.pool.block_size, salt=sequence.cache_salt))
+        block_size = self.pools.block_size
+        found = self.pools.reuse_prefix(sequence, (sequence.num_tokens - 1) // block_size)
+        sequence.num_computed = found * block_size
 
     def _free(self, sequence: Sequence, *, is_suspect: bool = False) -> None:
-        self.pool.give_back(sequence.block_ids, is_suspect=is_suspect)
-        sequence.block_ids = []
+        self.pools.free(sequence, is_suspect=is_suspect)
         sequence.num_computed = 0

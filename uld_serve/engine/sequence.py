@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from uld_serve.engine.block_pool import BlockKeys
 from uld_serve.engine.detokenizer import Detokenizer
 from uld_serve.engine.plan import Plan
 from uld_serve.engine.request import Receipt, SamplingParams, TokenLogprob, Usage
 
 
 @dataclass(slots=True, eq=False)
+class Lane:
+    """What a sequence holds of one pool for one of its plan's lanes: blocks, and the keys of those that are full."""
+
+    pool: str
+    keys: BlockKeys
+    block_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
-    """`num_computed` tokens have their keys and values in `block_ids`; the rest are still to be run."""
+    """`num_computed` tokens have their keys and values in the blocks of every lane; the rest are still to be run.
+
+    All lanes cover the same positions; the first is the target's. `max_len` is how many tokens it can get to.
+    """
 
     request_id: str
     prompt_ids: list[int]
@@ -19,13 +32,18 @@ class Sequence:
     plan: Plan
     seed: int
     detokenizer: Detokenizer
+    max_len: int
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
-    block_ids: list[int] = field(default_factory=list)
-    cache_salt: str = ""
+    lanes: list[Lane] = field(default_factory=list)
     num_cached: int | None = None
     prompt_scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     receipt: Receipt | None = None
+
+    @property
+    def block_ids(self) -> list[int]:
+        """The target's blocks."""
+        return self.lanes[0].block_ids
 
     @property
     def num_tokens(self) -> int:

@@ -85,6 +85,23 @@ class Decoder:
     def max_positions(self) -> int:
         return int(self.base.model.config.get_text_config().max_position_embeddings)
 
+    def allocate_cache(self, num_layers: int, num_blocks: int, *, block_size: int) -> KVCache:
+        """Room for keys and values of `num_layers` of the base's layers, or of as many kept beside them."""
+        return KVCache.allocate(
+            num_layers,
+            num_blocks,
+            block_size=block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.base.dtype,
+            device=self.base.device,
+        )
+
+    def cache_bytes_per_token(self, num_layers: int) -> int:
+        return KVCache.bytes_per_token(
+            num_layers, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, dtype=self.base.dtype
+        )
+
     @torch.inference_mode()
     def forward(self, batch: RowBatch, cache: KVCache, own: KVCache | None = None) -> Scores:
         """Run one step's rows: scores of the batch's head rows first, then of its assistants, the late ones last.

@@ -1,0 +1,102 @@
+"""Provides what profiles need beyond the base: room for assistants' own keys and values, and separate models. Called
+by Engine.prepare before a profile is admitted; a request that needs neither never pays for them.
+
+Knows no request and no file: separate models come loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from uld_serve.config import EngineConfig
+from uld_serve.engine.block_pool import BlockPool
+from uld_serve.engine.plan import OWN_POOL, Planner, ProfileVersion, SecondModel
+from uld_serve.engine.pools import Pools
+from uld_serve.engine.runner import Runner
+from uld_serve.errors import InvalidRequest, Overloaded, ProfileError, ProfileMismatch
+from uld_serve.model.decoder import Decoder
+from uld_serve.model.loading import Base
+from uld_serve.model.vocabulary import check_same_vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Provision:
+    """The parts of an engine that grow with what its profiles need."""
+
+    base: Base
+    config: EngineConfig
+    planner: Planner
+    pools: Pools
+    runner: Runner
+
+    def make(self, versions: Sequence[ProfileVersion], models: Mapping[str, Base]) -> None:
+        """`models` are separate models by fingerprint; those known already need not be given.
+
+        Raises ProfileMismatch for a model of another vocabulary, ProfileError for one that was not given,
+        ModelUnsupported for one that our loop cannot run, InvalidRequest where memory is set too small, Overloaded
+        when assistants' room must grow while requests are in it.
+        """
+        streams = [stream for version in versions for stream in version.profile.streams]
+        own = [stream.exit - stream.fork for stream in streams if stream.kv == "own" and not stream.model]
+        self._make_own(max(own, default=0))
+        for version in versions:
+            for fingerprint, spec in version.models.items():
+                if fingerprint in self.planner.models:
+                    continue
+                if fingerprint not in models:
+                    raise ProfileError(
+                        f"profile '{version.name}' names model {spec.id}, which is not loaded here"
+                    )
+                self._add_model(fingerprint, models[fingerprint], spec.tokenizer)
+
+    def _make_own(self, num_layers: int) -> None:
+        if num_layers <= self.planner.own_layers:
+            return
+        known = self.pools.by_name.get(OWN_POOL)
+        if known is not None and known.num_held:
+            raise Overloaded(
+                f"a profile keeps keys and values of its own in {num_layers} layers and requests are in the room for "
+                f"{self.planner.own_layers}; try again when they are done"
+            )
+        num_blocks = self._num_blocks(self.runner.decoder, num_layers)
+        self.runner.own = None  # before the next is made: both together might not fit
+        self.runner.own = self.runner.decoder.allocate_cache(
+            num_layers, num_blocks, block_size=self.config.block_size
+        )
+        self.pools.by_name[OWN_POOL] = BlockPool(num_blocks, self.config.block_size)
+        self.planner.own_layers = num_layers
+
+    def _add_model(self, fingerprint: str, model: Base, tokenizer_hash: str) -> None:
+        if (model.fingerprint, model.tokenizer_hash) != (fingerprint, tokenizer_hash):
+            raise ProfileMismatch(
+                f"model {model.id} has fingerprint {model.fingerprint} and tokenizer {model.tokenizer_hash}; the "
+                f"profile was made with {fingerprint} and {tokenizer_hash}"
+            )
+        check_same_vocabulary(self.base, model)
+        decoder = Decoder.of(model)
+        decoder.self_check()
+        decoder.bank.budget_bytes = self.config.adapter_bytes
+        num_blocks = self._num_blocks(decoder, model.num_layers)
+        self.runner.separate[fingerprint] = Runner.of(decoder, self.config, num_blocks=num_blocks)
+        self.pools.by_name[fingerprint] = BlockPool(num_blocks, self.config.block_size)
+        self.planner.models[fingerprint] = SecondModel(decoder.bank, model.num_layers, decoder.max_positions)
+
+    def _num_blocks(self, decoder: Decoder, num_layers: int) -> int:
+        """As many as own_kv_bytes hold; by default half of a GPU's memory that is still free, or as much as the
+        target's cache takes of main memory."""
+        budget = self.config.own_kv_bytes
+        if budget is None and self.base.device.type == "cuda":
+            budget = torch.cuda.mem_get_info(self.base.device)[0] // 2
+        if budget is None:
+            target = self.runner.decoder.cache_bytes_per_token(self.base.num_layers)
+            budget = self.config.num_blocks * self.config.block_size * target
+        block_bytes = decoder.cache_bytes_per_token(num_layers) * self.config.block_size
+        if budget < block_bytes:
+            raise InvalidRequest(
+                f"own_kv_bytes {budget} holds no block of {self.config.block_size} tokens ({block_bytes} bytes)",
+                param="own_kv_bytes",
+            )
+        return budget // block_bytes
