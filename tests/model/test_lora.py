@@ -204,7 +204,7 @@ def test_a_load_that_fails_half_way_leaves_nothing_in_its_slot(monkeypatch: pyte
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(it.layers[1].mlp.up_proj, "put", full)
+        patch.setattr(it.layers[1].mlp.up_proj.delta, "put", full)
         with pytest.raises(MemoryError):
             it.acquire("broken", always(both))
     slot = it.acquire("other", always(adapter(3, 2, layer=1)))

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from uld_serve.errors import Overloaded, ProfileMismatch
-from uld_serve.model.lora import LoraLinear, LoraRows
+from uld_serve.model.fused_layer import FusedLayer
+from uld_serve.model.lora import LoraDelta, LoraLinear, LoraRows, Pair
 from uld_serve.model.packed_linear import PackedLinear
 
-Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+Pairs = dict[LoraDelta, dict[int, Pair]]
+"""By product and part."""
 
 
 class Adapter(Protocol):
@@ -41,7 +43,7 @@ class AdapterBank:
     budget_bytes: int | None = None
     rows: LoraRows = field(default_factory=LoraRows)
     num_loads: int = 0
-    _linears: dict[str, LoraLinear] = field(default_factory=dict)
+    _deltas: set[LoraDelta] = field(default_factory=set)
     _slots: dict[str, int] = field(default_factory=dict)  # least recently used first
     _users: dict[str, int] = field(default_factory=dict)
 
@@ -87,75 +89,86 @@ class AdapterBank:
     @property
     def resident_bytes(self) -> int:
         """Of every adapter's tensors as kept here, places left by evicted ones included."""
-        return sum(linear.resident_bytes for linear in self._linears.values())
+        return sum(delta.resident_bytes for delta in self._deltas)
 
     def _load(self, key: str, adapter: Adapter) -> None:
-        pairs = self._checked(key, adapter.tensors)
-        self._make_room(key, {name: A_rI.shape[0] for name, (A_rI, _) in pairs.items()})
+        pairs = self._checked(key, adapter)
+        self._make_room(key, pairs)
         taken = set(self._slots.values())
         slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
         try:
-            for name, (A_rI, B_Or) in pairs.items():
-                self._linears[name].put(slot, A_rI, B_Or.float() * adapter.scaling)
+            for delta, own in pairs.items():
+                delta.put(slot, own)
         except BaseException:
             self._drop(slot)
             raise
         self._slots[key] = slot
         self.num_loads += 1
 
-    def _checked(self, key: str, tensors: Mapping[str, torch.Tensor]) -> Pairs:
-        """A and B by module; all are looked at before anything is written."""
-        modules = sorted({name.rsplit(".", 1)[0] for name in tensors})
-        pairs = {name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in modules}
-        for name, (A_rI, B_Or) in pairs.items():
-            base = self._linear(name).base
-            expected = (base.in_features, base.out_features)
+    def _checked(self, key: str, adapter: Adapter) -> Pairs:
+        """A and B by product and part; all are looked at before anything is written."""
+        pairs: Pairs = {}
+        for name in sorted({name.rsplit(".", 1)[0] for name in adapter.tensors}):
+            A_rI, B_Or = adapter.tensors[f"{name}.lora_A"], adapter.tensors[f"{name}.lora_B"]
+            delta, part = self._site(name)
+            expected = (delta.in_features, delta.sizes[part])
             if (A_rI.shape[1], B_Or.shape[0]) != expected:
                 raise ProfileMismatch(
                     f"adapter {key}: {name} maps {A_rI.shape[1]} to {B_Or.shape[0]}, the base's maps {expected}"
                 )
+            pairs.setdefault(delta, {})[part] = (A_rI, B_Or.float() * adapter.scaling)
         return pairs
 
     def _drop(self, slot: int) -> None:
-        for linear in self._linears.values():
-            linear.drop(slot)
+        for delta in self._deltas:
+            delta.drop(slot)
 
-    def _make_room(self, key: str, ranks: Mapping[str, int]) -> None:
-        """Evict until one more adapter, of these ranks by module, fits the budget."""
+    def _make_room(self, key: str, pairs: Pairs) -> None:
+        """Evict until one more adapter, of these pairs, fits the budget."""
         if self.budget_bytes is None:
             return
-        alone = sum(self._linears[name].bytes_of(1, rank) for name, rank in ranks.items())
+        ranks = {delta: max(A_rI.shape[0] for A_rI, _ in own.values()) for delta, own in pairs.items()}
+        alone = sum(delta.bytes_of(1, ranks[delta], list(own)) for delta, own in pairs.items())
         if alone > self.budget_bytes:
             raise ProfileMismatch(
                 f"adapter {key} takes {alone:,} bytes; all adapters together may have {self.budget_bytes:,}"
             )
-        while self._bytes_with(ranks) > self.budget_bytes:
+        while (
+            sum(delta.bytes_with(ranks.get(delta, 0), list(pairs.get(delta, ()))) for delta in self._deltas)
+            > self.budget_bytes
+        ):
             unused = next((k for k in self._slots if not self._users.get(k, 0)), None)
             if unused is None:
                 raise Overloaded(
                     "the adapters in use leave no room for this request's profile; try again later"
                 )
             self.evict(unused)
-            for linear in self._linears.values():
-                linear.compact()
+            for delta in self._deltas:
+                delta.compact()
 
-    def _bytes_with(self, ranks: Mapping[str, int]) -> int:
-        return sum(linear.bytes_with(ranks.get(name, 0)) for name, linear in self._linears.items())
-
-    def _linear(self, name: str) -> LoraLinear:
-        """The layer named "layers.{i}.{module}", wrapped on first use."""
-        if name in self._linears:
-            return self._linears[name]
+    def _site(self, name: str) -> tuple[LoraDelta, int]:
+        """Where the deltas of the layer named "layers.{i}.{module}" belong: a product, and which part of it."""
         _, index, path = name.split(".", 2)
+        layer = self.layers[int(index)] if int(index) < len(self.layers) else None
+        if isinstance(layer, FusedLayer) and path in layer.sites:
+            delta, part = layer.sites[path]
+        else:
+            delta, part = self._wrapped(name, layer, path).delta, 0
+        self._deltas.add(delta)
+        return delta, part
+
+    def _wrapped(self, name: str, layer: nn.Module | None, path: str) -> LoraLinear:
+        """A linear layer of a Hugging Face layer, wrapped on first use."""
         parent_path, _, leaf = path.rpartition(".")
         try:
-            parent = self.layers[int(index)].get_submodule(parent_path)
+            parent = nn.Module() if layer is None else layer.get_submodule(parent_path)
             base = getattr(parent, leaf)
-        except (AttributeError, IndexError) as error:
+        except AttributeError as error:
             raise ProfileMismatch(f"the adapter changes {name}, which this base does not have") from error
+        if isinstance(base, LoraLinear):
+            return base
         if not isinstance(base, nn.Linear | PackedLinear):
             raise ProfileMismatch(f"the adapter changes {name}, which is no linear layer in this base")
         wrapped = LoraLinear(base, self.rows, self.device)
         setattr(parent, leaf, wrapped)
-        self._linears[name] = wrapped
         return wrapped

@@ -1,23 +1,82 @@
-"""Attention of a widened batch over one block table. Hugging Face layers call `paged_attention` by name.
+"""Attention of a widened batch over block tables. Fused layers call `attend`; Hugging Face layers call
+`paged_attention` by name.
 
-Some rows write their keys and values; every row then attends over the blocks of its own lane up to its own
-position. Assistants that borrow attend over the target's blocks, and the keys and values that a layer computes for
-them are dropped. Knows no request, profile or scheduler: `Geometry` says which row is where.
+Rows that keep keys and values write them; every row, target or assistant, then attends over the blocks of its lane up
+to its own position. An assistant that borrows attends over the target's: keys and values that a layer computes for
+it are dropped. Knows no request, profile or scheduler: `Geometry` says which row is where.
 
-Shapes: N rows active in the layer, H query heads, K key/value heads, D head width, S sequences of a group, Q query
-rows of a sequence (padded), C context slots (padded), B blocks of them.
+Shapes: N rows active in the layer, H query heads, K key/value heads, D head width, S sequences of a group, Q query rows
+of a sequence (padded), X query rows over one key/value head (padded), C context slots (padded).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from uld_serve.errors import ModelUnsupported
-from uld_serve.model.geometry import QUERY_MULTIPLE, Geometry
+from uld_serve.model.geometry import Geometry, SequenceGroup
 
 ATTENTION_NAME = "uld_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """A layer's attention. `scaling` None is 1 / sqrt(head_dim); a query sees `window` positions back, or all."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scaling: float | None
+    window: int | None
+
+    @property
+    def num_joint(self) -> int:
+        """Heads of a row with its query, key and value side by side."""
+        return self.num_heads + 2 * self.num_kv_heads
+
+
+def attend(layer: int, qkv_NX: torch.Tensor, geometry: Geometry, heads: Heads) -> torch.Tensor:
+    """Rows (N, (H + 2K) * D) of rotated queries, rotated keys and values -> (N, H * D)."""
+    width = heads.num_heads * heads.head_dim
+    for write in geometry.writes:
+        joint_TX = qkv_NX[write.first : write.end, width:]
+        write.cache.write_joint(layer - write.first_layer, write.slots_T, joint_TX)
+    if len(geometry.groups) == 1:
+        out_NX, _ = _attend_group(layer, qkv_NX, geometry.groups[0], heads)
+        return out_NX
+    out_NX = qkv_NX.new_empty(qkv_NX.shape[0], width)
+    for group in geometry.groups:
+        found_PX, target_P = _attend_group(layer, qkv_NX, group, heads)
+        out_NX.index_copy_(0, target_P, found_PX)
+    return out_NX
+
+
+def _attend_group(
+    layer: int, qkv_NX: torch.Tensor, group: SequenceGroup, heads: Heads
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the group's rows get (P, H * D), and which rows these are, in their order in the layer's batch."""
+    keys_SKCD, values_SKCD = group.cache.gather(layer - group.first_layer, group.blocks_SB)
+    mask = group.mask(heads.window, num_slots=keys_SKCD.shape[2], dtype=qkv_NX.dtype)
+    seats = group.seats(heads.num_heads, heads.num_kv_heads)
+    query_XD = qkv_NX.view(-1, heads.head_dim).index_select(0, seats.take)
+    # Queries at one position join as more rows over each key/value head, so that keys and values are read once for a
+    # target and all its assistants.
+    out = F.scaled_dot_product_attention(
+        query_XD.view(*seats.shape, heads.head_dim),
+        keys_SKCD,
+        values_SKCD,
+        attn_mask=mask,
+        scale=heads.scaling,
+        enable_gqa=not group.same_position,
+    )
+    # The CPU's kernel lays its result out with heads after queries, so nothing is copied here.
+    out_XD = out.transpose(1, 2).reshape(-1, heads.head_dim)
+    out_PX = out_XD.index_select(0, seats.back).view(-1, heads.num_heads * heads.head_dim)
+    return out_PX, seats.target_P
 
 
 def paged_attention(
@@ -42,63 +101,10 @@ def paged_attention(
         raise ModelUnsupported(f"{type(module).__name__} does not hand keyword arguments to its attention")
     if softcap is not None or getattr(module, "sinks", None) is not None:
         raise ModelUnsupported(f"{type(module).__name__} soft-caps or sinks its attention; not served")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    for write in geometry.writes:
-        rows = slice(write.first, write.end)
-        write.cache.write(
-            layer - write.first_layer,
-            write.slots_T,
-            key[0, :, rows].transpose(0, 1),
-            value[0, :, rows].transpose(0, 1),
-        )
-    query_NHD = query[0].transpose(0, 1)
-    out_NHD = torch.empty_like(query_NHD, memory_format=torch.contiguous_format)
-    for group in geometry.groups:
-        keys_SKCD, values_SKCD = group.cache.gather(layer - group.first_layer, group.blocks_SB)
-        mask = group.mask(sliding_window, num_slots=keys_SKCD.shape[2], dtype=query.dtype)
-        attend = _attend_one_position if group.same_position else _attend
-        out_XHD = attend(group.queries(query_NHD), keys_SKCD, values_SKCD, mask, scaling).flatten(0, 1)
-        if group.moves is not None:
-            source_P, target_P = group.moves
-            out_NHD.index_copy_(0, target_P, out_XHD.index_select(0, source_P))
-        elif group.num_queries == out_NHD.shape[0]:
-            return out_XHD[None], None
-        else:
-            out_NHD[group.first : group.first + group.num_queries] = out_XHD
-    return out_NHD[None], None
-
-
-def _attend(
-    query_SQHD: torch.Tensor,
-    keys_SKCD: torch.Tensor,
-    values_SKCD: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float | None,
-) -> torch.Tensor:
-    out_SHQD = F.scaled_dot_product_attention(
-        query_SQHD.transpose(1, 2), keys_SKCD, values_SKCD, attn_mask=mask, scale=scaling, enable_gqa=True
-    )
-    return out_SHQD.transpose(1, 2)
-
-
-def _attend_one_position(
-    query_SQHD: torch.Tensor,
-    keys_SKCD: torch.Tensor,
-    values_SKCD: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float | None,
-) -> torch.Tensor:
-    """All queries of a sequence share its position, so they join as more rows over each key/value head:
-    keys and values are read once for the target and all its assistants."""
-    num_kv_heads = keys_SKCD.shape[1]
-    S, Q, H, D = query_SQHD.shape
-    query_SKXD = query_SQHD.view(S, Q, num_kv_heads, H // num_kv_heads, D).transpose(1, 2).flatten(2, 3)
-    num_rows = query_SKXD.shape[2]
-    filled_SKXD = F.pad(query_SKXD, (0, 0, 0, -num_rows % QUERY_MULTIPLE))
-    out_SKXD = F.scaled_dot_product_attention(
-        filled_SKXD, keys_SKCD, values_SKCD, attn_mask=mask, scale=scaling
-    )[:, :, :num_rows]
-    return out_SKXD.reshape(S, num_kv_heads, Q, H // num_kv_heads, D).transpose(1, 2).reshape(S, Q, H, D)
+    heads = Heads(query.shape[1], key.shape[1], query.shape[3], scaling, sliding_window)
+    qkv_NX = torch.cat([query, key, value], dim=1)[0].transpose(0, 1).flatten(1)
+    out_NX = attend(int(module.layer_idx), qkv_NX, geometry, heads)  # type: ignore[arg-type]
+    return out_NX.view(1, -1, heads.num_heads, heads.head_dim), None
 
 
 def register() -> None:

@@ -22,6 +22,19 @@ from uld_serve.model.kv_cache import KVCache
 QUERY_MULTIPLE = 4
 
 
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """Where a group's queries come from and go to, head by head. `take`: heads of the layer's rows (query, key and
+    value side by side) that fill a query of `shape`: (S, K, X) where queries join over each key/value head, else
+    (S, H, Q).
+    `back`: of the result (S, X, K) or (S, Q, H), the heads of the rows target_P."""
+
+    shape: tuple[int, int, int]
+    take: torch.Tensor
+    back: torch.Tensor
+    target_P: torch.Tensor
+
+
 @dataclass(slots=True)
 class SequenceGroup:
     """Lanes of one cache that attend in one call: all that decode together, or one that prefills.
@@ -41,6 +54,7 @@ class SequenceGroup:
     first: int
     same_position: bool
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _seats: dict[tuple[int, int], Seats] = field(default_factory=dict)
 
     @property
     def num_queries(self) -> int:
@@ -60,13 +74,48 @@ class SequenceGroup:
             self.masks[window] = hidden_SQC.masked_fill_(~visible_SQC, -inf)[:, None]
         return self.masks[window]
 
-    def queries(self, query_NHD: torch.Tensor) -> torch.Tensor:
-        """(S, Q, H, D)"""
+    def seats(self, num_heads: int, num_kv_heads: int) -> Seats:
+        """Made once for all layers."""
+        key = (num_heads, num_kv_heads)
+        if key not in self._seats:
+            self._seats[key] = self._joined(*key) if self.same_position else self._apart(*key)
+        return self._seats[key]
+
+    def _joined(self, num_heads: int, num_kv_heads: int) -> Seats:
+        """Queries of one sequence and one key/value head side by side, filled up with copies of the first."""
+        S, Q = self.rows_SQ.shape
+        G = num_heads // num_kv_heads
+        X = -(-Q * G // QUERY_MULTIPLE) * QUERY_MULTIPLE
+        device = self.rows_SQ.device
+        heads_KG = torch.arange(num_heads, device=device).view(num_kv_heads, G)
+        first_SQ = self.rows_SQ * (num_heads + 2 * num_kv_heads)
+        own_SKQG = first_SQ[:, None, :, None] + heads_KG[None, :, None, :]
+        own_SKX = own_SKQG.flatten(2)
+        take_SKX = torch.cat([own_SKX, own_SKX[..., :1].expand(-1, -1, X - Q * G)], dim=-1)
+        source_P, target_P = self._moves()
+        sequence_P, query_P = source_P // Q, source_P % Q
+        head_H = torch.arange(num_heads, device=device)
+        column_PH = query_P[:, None] * G + head_H % G
+        back_PH = (sequence_P[:, None] * X + column_PH) * num_kv_heads + head_H // G
+        return Seats((S, num_kv_heads, X), take_SKX.flatten(), back_PH.flatten(), target_P)
+
+    def _apart(self, num_heads: int, num_kv_heads: int) -> Seats:
+        S, Q = self.rows_SQ.shape
+        head_H = torch.arange(num_heads, device=self.rows_SQ.device)
+        first_SQ = self.rows_SQ * (num_heads + 2 * num_kv_heads)
+        take_SHQ = first_SQ[:, None, :] + head_H[None, :, None]
+        source_P, target_P = self._moves()
+        back_PH = source_P[:, None] * num_heads + head_H
+        return Seats((S, num_heads, Q), take_SHQ.flatten(), back_PH.flatten(), target_P)
+
+    def _moves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index among the S*Q queries, and row of the layer's batch, of every real query, by row."""
         if self.moves is None:
-            own_XHD = query_NHD[self.first : self.first + self.num_queries]
-        else:
-            own_XHD = query_NHD.index_select(0, self.rows_SQ.flatten())
-        return own_XHD.view(*self.rows_SQ.shape, *query_NHD.shape[1:])
+            in_order = torch.arange(self.num_queries, device=self.rows_SQ.device)
+            return in_order, in_order + self.first
+        source_P, target_P = self.moves
+        by_row = torch.argsort(target_P)
+        return source_P[by_row], target_P[by_row]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,16 @@
-"""Linear layers of the base with low-rank deltas on the assistant rows of a batch.
+"""Low-rank deltas of adapters on the assistant rows of a batch. Made by the adapter bank and the fused layers, told by
+the decoder which rows are whose. y = W x + scaling * B (A x), arXiv 2106.09685 Eq. 3. Knows no profile and no request:
+an adapter is a slot number and pairs of tensors.
 
-Made by the adapter bank, told by the decoder which rows are whose. y = W x + scaling * B (A x), arXiv 2106.09685
-Eq. 3. Knows no profile and no request: an adapter is a slot number and two tensors.
-
-Shapes: I input width, O output width, r rank, P places of the layer's store, N assistant rows, G groups of rows with
-one adapter, C rows of a group.
+Shapes: N rows, I input width, O output width of one part, r rank, P places of the store, X = r times the parts
+that adapters change, G groups of rows with one adapter, C rows of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby
 
 import torch
 from torch import nn
@@ -21,13 +20,16 @@ from uld_serve.model.packed_linear import PackedLinear
 # fp32 products of 4, 8, 12, … rows sum in one order, those of fewer in another: rows are filled up to a multiple, so
 # that what a request gets does not depend on who is beside it.
 ROWS_MULTIPLE = 4
-# More adapters than this in one batch are applied by two batched products; up to here a loop is faster.
+# More adapters than this in one batch are applied by batched products; up to here a loop is faster.
 LOOPED_GROUPS = 4
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A (r, I) and B (O, r) of one linear layer, the adapter's scaling already in B."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Assistant rows [first, end) with the adapter in `slot`."""
+    """Assistant rows [first, end), counted from the first assistant, with the adapter in `slot`."""
 
     slot: int
     first: int
@@ -64,8 +66,7 @@ class LoraRows:
             first = end
         self.groups = self._groups = tuple(groups)
         self.slots = tuple(group.slot for group in groups)
-        width = max((group.end - group.first for group in groups), default=0)
-        width = -(-width // ROWS_MULTIPLE) * ROWS_MULTIPLE
+        width = _filled(max((group.end - group.first for group in groups), default=0))
         # Padding repeats a group's first row; what it gives is not read back.
         seats = [[min(group.first + c, group.end - 1) for c in range(width)] for group in groups]
         back = [g * width + c for g, group in enumerate(groups) for c in range(group.end - group.first)]
@@ -76,109 +77,199 @@ class LoraRows:
         self.groups = ()
 
 
-class LoraLinear(nn.Module):
-    """A linear layer of the base and the deltas of the adapters that change it.
+class LoraDelta:
+    """What adapters add to one product, which may join several linear layers over one input (its parts).
 
-    On a CPU the deltas are kept and computed in fp32: products of that size take a quarter of the time that
-    bfloat16 ones take there (11 against 40 us for one row of SmolLM2), for twice the bytes.
+    A of all changed parts lie side by side, so that one product shrinks for all. On a CPU the deltas are kept and
+    computed in fp32: products of that size take a quarter of the time that bfloat16 ones take there (11 against 40 us
+    for one row of SmolLM2), for twice the bytes.
     """
 
-    def __init__(self, base: nn.Linear | PackedLinear, rows: LoraRows, device: torch.device) -> None:
-        super().__init__()
-        self.base = base
-        self.rows = rows
-        dtype = torch.float32 if device.type == "cpu" else base.weight.dtype
-        self.A_PIr = torch.zeros(0, base.in_features, 0, dtype=dtype, device=device)
-        self.B_PrO = torch.zeros(0, 0, base.out_features, dtype=dtype, device=device)
+    def __init__(
+        self,
+        in_features: int,
+        sizes: Sequence[int],
+        rows: LoraRows,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.in_features, self.sizes, self.rows = in_features, tuple(sizes), rows
+        self.dtype = torch.float32 if device.type == "cpu" else dtype
+        self.device = device
+        self.rank = 0
+        self.parts: tuple[int, ...] = ()
         self.places: dict[int, int] = {}
-        self._ranks: dict[int, int] = {}
-        self._gathered: tuple[tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
+        self.A_PIX = torch.zeros(0, in_features, 0, dtype=self.dtype, device=device)
+        self.B_PrO: dict[int, torch.Tensor] = {}
+        self._offsets = [0, *accumulate(self.sizes)]
+        self._loaded: dict[int, tuple[int, tuple[int, ...]]] = {}  # slot -> rank and parts
+        self._views: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+        self._gathered: tuple[tuple[int, ...], torch.Tensor, tuple[torch.Tensor, ...]] | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x)
+    def add_to(self, y_NO: torch.Tensor, x_NI: torch.Tensor) -> None:
+        """Add the deltas of the rows that are seated, in place. Both hold all rows of the layer."""
         rows = self.rows
         if not rows.groups or not self.places:
-            return y
-        x_NI, y_NO = x[0, rows.start :].to(self.A_PIr.dtype), y[0, rows.start :]
+            return
         if len(rows.groups) > LOOPED_GROUPS and all(slot in self.places for slot in rows.slots):
-            self._add_batched(x_NI, y_NO)
+            self._add_batched(y_NO, x_NI)
         else:
-            self._add_looped(x_NI, y_NO)
-        return y
+            for group in rows.groups:
+                if group.slot in self.places:
+                    self._add_group(y_NO, x_NI, group)
 
-    def _add_looped(self, x_NI: torch.Tensor, y_NO: torch.Tensor) -> None:
-        for number, group in enumerate(self.rows.groups):
-            place = self.places.get(group.slot)
-            if place is not None:
-                x_CI = x_NI.index_select(0, self.rows.seats_GC[number])
-                delta_CO = x_CI @ self.A_PIr[place] @ self.B_PrO[place]
-                y_NO[group.first : group.end] += delta_CO[: group.end - group.first]
+    def _add_group(self, y_NO: torch.Tensor, x_NI: torch.Tensor, group: Group) -> None:
+        A_IX, parts_B_rO = self._view(group.slot)
+        first, end = self.rows.start + group.first, self.rows.start + group.end
+        x_CI, offset = _rows_filled(x_NI, first, end)
+        shrunk_CX = x_CI.to(self.dtype) @ A_IX
+        y_CO = y_NO[first:end]
+        for number, (part, B_rO) in enumerate(zip(self.parts, parts_B_rO, strict=True)):
+            low = number * self.rank
+            delta_CO = (shrunk_CX[:, low : low + self.rank] if len(self.parts) > 1 else shrunk_CX) @ B_rO
+            self._columns(y_CO, part).add_(delta_CO[offset : offset + end - first])
 
-    def _add_batched(self, x_NI: torch.Tensor, y_NO: torch.Tensor) -> None:
-        A_GIr, B_GrO = self._of_groups(tuple(self.places[slot] for slot in self.rows.slots))
-        delta_GCO = x_NI[self.rows.seats_GC] @ A_GIr @ B_GrO
-        y_NO += delta_GCO.flatten(0, 1)[self.rows.back_N]
+    def _add_batched(self, y_NO: torch.Tensor, x_NI: torch.Tensor) -> None:
+        rows = self.rows
+        A_GIX, parts_B_GrO = self._of_groups(tuple(self.places[slot] for slot in rows.slots))
+        x_GCI = x_NI[rows.start :].index_select(0, rows.seats_GC.flatten()).to(self.dtype)
+        shrunk_GCX = x_GCI.view(*rows.seats_GC.shape, self.in_features) @ A_GIX
+        y_CO = y_NO[rows.start :]
+        for number, (part, B_GrO) in enumerate(zip(self.parts, parts_B_GrO, strict=True)):
+            low = number * self.rank
+            delta_GCO = shrunk_GCX[..., low : low + self.rank] @ B_GrO
+            self._columns(y_CO, part).add_(delta_GCO.flatten(0, 1).index_select(0, rows.back_N))
 
-    def _of_groups(self, places: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _columns(self, y_CO: torch.Tensor, part: int) -> torch.Tensor:
+        if len(self.sizes) == 1:
+            return y_CO
+        return y_CO[:, self._offsets[part] : self._offsets[part + 1]]
+
+    def _view(self, slot: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        if slot not in self._views:
+            place = self.places[slot]
+            self._views[slot] = self.A_PIX[place], tuple(self.B_PrO[part][place] for part in self.parts)
+        return self._views[slot]
+
+    def _of_groups(self, places: tuple[int, ...]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """The tensors at these places, as views where they lie side by side."""
-        if all(after == before + 1 for before, after in pairwise(places)):
+        if places == tuple(range(places[0], places[0] + len(places))):
             span = slice(places[0], places[-1] + 1)
-            return self.A_PIr[span], self.B_PrO[span]
+            return self.A_PIX[span], tuple(self.B_PrO[part][span] for part in self.parts)
         if self._gathered is None or self._gathered[0] != places:
-            index = torch.tensor(places, device=self.A_PIr.device)
-            self._gathered = (places, self.A_PIr[index], self.B_PrO[index])
+            index = torch.tensor(places, device=self.device)
+            self._gathered = (
+                places,
+                self.A_PIX[index],
+                tuple(self.B_PrO[part][index] for part in self.parts),
+            )
         return self._gathered[1], self._gathered[2]
 
-    def put(self, slot: int, A_rI: torch.Tensor, B_Or: torch.Tensor) -> None:
-        """Take in the delta of one adapter, its scaling already in B."""
+    def put(self, slot: int, pairs: Mapping[int, Pair]) -> None:
+        """Take in one adapter's pairs, by part."""
         taken = set(self.places.values())
         place = next(p for p in range(len(taken) + 1) if p not in taken)
-        rank = A_rI.shape[0]
-        self._grow(place + 1, rank)
-        self.A_PIr[place] = 0
-        self.B_PrO[place] = 0
-        self.A_PIr[place, :, :rank] = A_rI.T
-        self.B_PrO[place, :rank] = B_Or.T
+        rank = max(A_rI.shape[0] for A_rI, _ in pairs.values())
+        self._resize(place + 1, max(rank, self.rank), tuple(sorted({*self.parts, *pairs})))
+        self.A_PIX[place] = 0
+        for number, part in enumerate(self.parts):
+            self.B_PrO[part][place] = 0
+            if part in pairs:
+                A_rI, B_Or = pairs[part]
+                low, own = number * self.rank, A_rI.shape[0]
+                self.A_PIX[place, :, low : low + own] = A_rI.T
+                self.B_PrO[part][place, :own] = B_Or.T
         self.places[slot] = place
-        self._ranks[slot] = rank
-        self._gathered = None
+        self._loaded[slot] = (rank, tuple(pairs))
+        self._forget_views()
 
     def drop(self, slot: int) -> None:
         """Leave an adapter's place to others; nothing if it has none here."""
         if self.places.pop(slot, None) is not None:
-            self._gathered = None
+            del self._loaded[slot]
+            self._forget_views()
 
     @property
     def resident_bytes(self) -> int:
-        return self.bytes_of(self.A_PIr.shape[0], self.A_PIr.shape[2])
+        return self.bytes_of(self.A_PIX.shape[0], self.rank, self.parts)
 
-    def bytes_of(self, num_places: int, rank: int) -> int:
-        """Every place has room for the largest rank: smaller ones are padded to it."""
-        widths = self.base.in_features + self.base.out_features
-        return num_places * rank * widths * self.A_PIr.element_size()
+    def bytes_of(self, num_places: int, rank: int, parts: Sequence[int]) -> int:
+        """Every place has room for the largest rank and for every changed part: smaller adapters are padded."""
+        width = sum(self.in_features + self.sizes[part] for part in parts)
+        return num_places * rank * width * self.dtype.itemsize
 
-    def bytes_with(self, rank: int) -> int:
-        """Resident bytes with one more adapter of this rank; 0 is none."""
-        num_places = max(self.A_PIr.shape[0], len(self.places) + (rank > 0))
-        return self.bytes_of(num_places, max(rank, self.A_PIr.shape[2]))
+    def bytes_with(self, rank: int, parts: Sequence[int]) -> int:
+        """Resident bytes with one more adapter of this rank on these parts; none is one without parts."""
+        num_places = max(self.A_PIX.shape[0], len(self.places) + bool(parts))
+        return self.bytes_of(num_places, max(rank, self.rank), {*self.parts, *parts})  # type: ignore[arg-type]
 
     def compact(self) -> None:
-        """Give back what dropped adapters have left: their places, and room for a rank that nobody has any more."""
-        if len(self.places) == self.A_PIr.shape[0]:
+        """Give back what dropped adapters have left: places, and room for ranks and parts that nobody has any more."""
+        if len(self.places) == self.A_PIX.shape[0]:
             return
-        rank = max((self._ranks[slot] for slot in self.places), default=0)
-        index = torch.tensor(list(self.places.values()), dtype=torch.long, device=self.A_PIr.device)
-        self.A_PIr = self.A_PIr[index, :, :rank].contiguous()
-        self.B_PrO = self.B_PrO[index, :rank].contiguous()
-        self.places = {slot: place for place, slot in enumerate(self.places)}
-        self._gathered = None
+        kept = {slot: (self._view(slot), self.parts, self.rank) for slot in self.places}
+        loaded = dict(self._loaded)
+        self.rank, self.parts, self.places, self._loaded = 0, (), {}, {}
+        self.A_PIX = self.A_PIX.new_zeros(0, self.in_features, 0)
+        self.B_PrO = {}
+        self._forget_views()
+        rank = max((rank for rank, _ in loaded.values()), default=0)
+        self._resize(len(kept), rank, tuple(sorted({part for _, parts in loaded.values() for part in parts})))
+        for slot, ((A_IX, parts_B_rO), parts, old_rank) in kept.items():
+            own_rank, own_parts = loaded[slot]
+            pairs = {}
+            for number, part in enumerate(parts):
+                if part in own_parts:
+                    low = number * old_rank
+                    pairs[part] = (A_IX[:, low : low + own_rank].T, parts_B_rO[number][:own_rank].T)
+            self.put(slot, pairs)
 
-    def _grow(self, num_places: int, rank: int) -> None:
-        A, B = self.A_PIr, self.B_PrO
-        num_places, rank = max(num_places, A.shape[0]), max(rank, A.shape[2])
-        if (num_places, rank) == (A.shape[0], A.shape[2]):
+    def _resize(self, num_places: int, rank: int, parts: tuple[int, ...]) -> None:
+        """Room for so many places, of this rank and with these parts; never less than there is."""
+        num_places = max(num_places, self.A_PIX.shape[0])
+        if (num_places, rank, parts) == (self.A_PIX.shape[0], self.rank, self.parts):
             return
-        self.A_PIr = A.new_zeros(num_places, A.shape[1], rank)
-        self.B_PrO = B.new_zeros(num_places, rank, B.shape[2])
-        self.A_PIr[: A.shape[0], :, : A.shape[2]] = A
-        self.B_PrO[: B.shape[0], : B.shape[1]] = B
+        old_A, old_B, old_parts, old_rank = self.A_PIX, self.B_PrO, self.parts, self.rank
+        held = old_A.shape[0]
+        self.A_PIX = old_A.new_zeros(num_places, self.in_features, rank * len(parts))
+        self.B_PrO = {part: old_A.new_zeros(num_places, rank, self.sizes[part]) for part in parts}
+        for number, part in enumerate(old_parts):
+            low, to = number * old_rank, parts.index(part) * rank
+            self.A_PIX[:held, :, to : to + old_rank] = old_A[:, :, low : low + old_rank]
+            self.B_PrO[part][:held, :old_rank] = old_B[part]
+        self.rank, self.parts = rank, parts
+        self._forget_views()
+
+    def _forget_views(self) -> None:
+        self._views, self._gathered = {}, None
+
+
+class LoraLinear(nn.Module):
+    """A linear layer of a Hugging Face layer and the deltas of the adapters that change it: one part."""
+
+    def __init__(self, base: nn.Linear | PackedLinear, rows: LoraRows, device: torch.device) -> None:
+        super().__init__()
+        self.base = base
+        self.delta = LoraDelta(
+            base.in_features, [base.out_features], rows, dtype=base.weight.dtype, device=device
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base(x)
+        self.delta.add_to(y[0], x[0])
+        return y
+
+
+def _filled(count: int) -> int:
+    return -(-count // ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+
+def _rows_filled(x_NI: torch.Tensor, first: int, end: int) -> tuple[torch.Tensor, int]:
+    """Rows [first, end) among a multiple of rows, and how many come before them. What fills up are the rows before,
+    or, where there are too few, copies of the first."""
+    width = _filled(end - first)
+    if end >= width:
+        return x_NI[end - width : end], width - (end - first)
+    x_CI = x_NI[first:end]
+    return torch.cat([x_NI[first : first + 1].expand(width - (end - first), -1), x_CI]), width - (end - first)

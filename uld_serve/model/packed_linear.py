@@ -32,6 +32,19 @@ class PackedLinear(nn.Module):
             return self._product(torch.cat([x, x], dim=-2))[..., :1, :]
         return self._product(x)
 
+    def added_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual + x W^T + b, rounded once."""
+        if self.in_features >= DEEP and x.shape[-2] == 1:
+            x, residual = torch.cat([x, x], dim=-2), torch.cat([residual, residual], dim=-2)
+            return self._sum(residual, x)[..., :1, :]
+        return self._sum(residual, x)
+
+    def _sum(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x, residual, self._packed, self.bias, "add"
+        )
+        return y
+
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return y

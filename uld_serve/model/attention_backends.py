@@ -1,0 +1,93 @@
+"""Which attention runs, chosen once at start by name: what can run here is probed, what cannot is refused. Called by
+engine construction; its functions are called by attention. Knows no request.
+
+Shapes: N rows active in the layer, H query heads, K key/value heads, D head width, S sequences of a group.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from uld_kernels.attention import LARGEST_WIDTH, decode_attention
+
+from uld_serve.errors import InvalidRequest
+from uld_serve.model.attention import Heads
+from uld_serve.model.geometry import SequenceGroup
+
+BackendName = Literal["torch-sdpa", "triton"]
+NAMES: tuple[BackendName, ...] = get_args(BackendName)
+
+Decode = Callable[[int, torch.Tensor, SequenceGroup, Heads, torch.Tensor], None]
+"""(layer, qkv_NX, group, heads, out_NX): writes what a group at one position gets into its rows of out_NX."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBackend:
+    """`decode` serves groups of rows that stand at one position; None: torch's own attention does. Prompts always
+    run on torch's."""
+
+    name: BackendName
+    decode: Decode | None
+
+
+def choose(
+    device: torch.device, dtype: torch.dtype, *, block_size: int, head_dim: int, name: str = "auto"
+) -> AttentionBackend:
+    """The backend `name`, or with "auto" the fastest that can run here. Raises InvalidRequest for a name that does
+    not exist or cannot run, with the reason.
+
+    >>> choose(torch.device("cpu"), torch.float32, block_size=16, head_dim=64).name
+    'torch-sdpa'
+    """
+    if name not in (*NAMES, "auto"):
+        raise InvalidRequest(
+            f"there is no attention backend '{name}'; known: auto, {', '.join(NAMES)}", param="attention"
+        )
+    obstacle = why_not_triton(device, dtype, block_size=block_size, head_dim=head_dim)
+    if name == "triton" and obstacle is not None:
+        raise InvalidRequest(f"attention backend 'triton' cannot run here: {obstacle}", param="attention")
+    if name == "torch-sdpa" or obstacle is not None:
+        return AttentionBackend("torch-sdpa", None)
+    return AttentionBackend("triton", paged_decode)
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype, *, block_size: int, head_dim: int) -> str | None:
+    """What keeps our kernel from running here, or None."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it takes bfloat16, float16 and float32, not {dtype}"
+    if block_size < 16 or block_size & (block_size - 1):
+        return f"blocks must hold a power of two of tokens, 16 or more, not {block_size}"
+    if head_dim > LARGEST_WIDTH:
+        return f"heads may be {LARGEST_WIDTH} wide, not {head_dim}"
+    return None
+
+
+def paged_decode(
+    layer: int, qkv_NX: torch.Tensor, group: SequenceGroup, heads: Heads, out_NX: torch.Tensor
+) -> None:
+    """Decode attention over the block table itself: no context is gathered and no mask is made."""
+    own_layer = layer - group.first_layer
+    joint_NHD = qkv_NX.view(-1, heads.num_joint, heads.head_dim)
+    decode_attention(
+        joint_NHD[:, : heads.num_heads],
+        group.cache.keys_SHD[own_layer],
+        group.cache.values_SHD[own_layer],
+        # Where a sequence has fewer rows than others its first is repeated: it is computed twice, to the same bits.
+        rows_SQ=group.rows_SQ,
+        blocks_SB=group.blocks_SB,
+        lengths_S=group.positions_SQ[:, 0] + 1,
+        block_size=group.cache.block_size,
+        scale=heads.scaling,
+        window=heads.window,
+        out_NHD=out_NX.view(-1, heads.num_heads, heads.head_dim),
+    )
