@@ -133,7 +133,6 @@ class Engine:
             params=params,
             plan=plan,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            cache_salt=cache_salt,
             detokenizer=Detokenizer(
                 self.tokenizer, prompt_ids, stop=params.stop, keep_stop=params.include_stop_str
             ),
