@@ -62,7 +62,7 @@ def test_many_profiles_take_many_times_the_bytes(bench: Bench) -> None:
 
 
 def test_every_kind_of_assistant_in_one_run(bench: Bench) -> None:
-    modes = ("plain", "naive", "unlearned", "all-layers", "mixed", "crowded")
+    modes = ("plain", "naive", "unlearned", "all-layers", "own-kv", "mixed", "crowded")
     found = bench(
         "decode", *TINY, "--modes", *modes, "--batch", "3", "--context", "8", "--steps", "2", "--assistant-layers", "2",
     )  # fmt: skip

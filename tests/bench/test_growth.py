@@ -35,6 +35,18 @@ def test_cache_grows_in_a_straight_line(bench: Bench) -> None:
     assert set(found["fits"]["plain"]["ms"]) == {"slope", "intercept", "r_squared", "worst"}
 
 
+def test_own_keys_and_values_are_counted_too(bench: Bench) -> None:
+    found = bench(
+        "growth", *TINY, "--context", "160", "320", "640", "--steps", "2", "--modes", "plain", "own-kv", "naive",
+        "--assistant-layers", "2",
+    )  # fmt: skip
+    held = {(one["mode"], one["context"]): one["cache_bytes"] for one in found["results"]}
+    for context in (160, 320, 640):
+        # Two layers more on top of four.
+        assert held["own-kv", context] == held["naive", context] == held["plain", context] * 3 // 2
+    assert found["fits"]["own-kv"]["bytes"]["r_squared"] > 0.9999
+
+
 def test_a_line_is_told_from_a_curve() -> None:
     x = [1.0, 2.0, 4.0, 8.0]
     straight, curve = fit(x, [3 + 2 * one for one in x]), fit(x, [one**2 for one in x])

@@ -32,6 +32,19 @@ def test_switching_finds_as_much_in_the_cache_as_never_switching(bench: Bench) -
             )
 
 
+def test_a_cache_of_the_assistants_own_is_found_only_under_the_same_profile(bench: Bench) -> None:
+    found = bench(
+        "turns", *TINY, "--turns", "3", "--turn-tokens", "21", "--answer-tokens", "11", "--repeats", "1",
+        "--assistant-layers", "2", "--profiles", "3", "--kv", "own",
+    )  # fmt: skip
+    assert found["cached_tokens_equal"] is False
+    cached = {
+        mode: [one["cached_tokens"] for one in found["results"] if one["mode"] == mode]
+        for mode in ("plain", "constant", "switching")
+    }
+    assert cached == {"plain": [[0], [16], [48]], "constant": [[0], [16], [48]], "switching": [[0]] * 3}
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

@@ -63,6 +63,7 @@ def _loaded(engine: Engine, base: Base, shape: AdapterShape, count: int) -> Iter
     yield _bytes(engine, 0)
     for number in range(count):
         version = random_profile(base, shape, number)
+        engine.prepare([version])
         engine.planner.release(engine.planner.plan(Decision.of_version(version)))
         if engine.planner.bank.num_resident != number + 1:
             raise InvalidRequest(f"adapter_bytes holds {engine.planner.bank.num_resident} of these profiles")

@@ -98,7 +98,9 @@ class Subjects:
             num_bytes += num_bytes // self.base.num_layers * self.naive_layers
         else:
             engine = Engine.of(base, settings)
-        return Variant(mode, engine, self._decisions(mode), num_bytes)
+        decisions = self._decisions(mode)
+        engine.prepare([applied.version for decision in decisions for applied in decision.applied])
+        return Variant(mode, engine, decisions, num_bytes)
 
     def _decisions(self, mode: Mode) -> tuple[Decision, ...]:
         one = Decision.of_version(self.versions[0])

@@ -80,8 +80,9 @@ def room_for(base: Base, batch: int, tokens: int) -> EngineSettings:
         kv_cache_bytes=blocks * BLOCK_SIZE * kv_bytes_per_token(base),
         block_size=BLOCK_SIZE,
         max_num_seqs=max(batch, 64),
-        # A prompt that is in the cache has up to a block of tokens left to run; see Variant.fill.
-        max_step_rows=max((BLOCK_SIZE + 2) * batch, 512),
+        # A prompt that is in the cache has up to a block of tokens left to run, and as many rows of an assistant with
+        # keys and values of its own; see Variant.fill.
+        max_step_rows=max((2 * BLOCK_SIZE + 2) * batch, 512),
         max_waiting=max(batch, 256),
     )
 

@@ -21,6 +21,7 @@ from uld_serve.engine.plan import Decision
 from uld_serve.engine.request import SamplingParams
 from uld_serve.errors import InvalidRequest
 from uld_serve.model.loading import Base
+from uld_serve.profiles.profile import ProfileVersion
 
 Habit = Literal["plain", "constant", "switching"]
 HABITS: tuple[Habit, ...] = get_args(Habit)
@@ -90,14 +91,15 @@ def run(args: argparse.Namespace) -> int:
     environment = Environment.look(base.device)
     reporter.begin(environment)
     shape = random_shape(args, base)
-    decisions = [Decision.of_version(random_profile(base, shape, number)) for number in range(args.profiles)]
+    versions = [random_profile(base, shape, number) for number in range(args.profiles)]
+    decisions = [Decision.of_version(version) for version in versions]
     kinds: dict[Habit, Sequence[Decision]] = {
         "plain": [Decision.base()],
         "constant": decisions[:1],
         "switching": decisions,
     }
     with reporter.progress("conversations", args.repeats) as advance:
-        found = _measure(base, kinds, args, advance)
+        found = _measure(base, versions, kinds, args, advance)
     results = _results(found, args)
     is_equal = _cached(found, "switching") == _cached(found, "constant")
     reporter.table(f"{args.turns} turns on {base.id}", COLUMNS, map(_row, results))
@@ -126,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(
     base: Base,
+    versions: Sequence[ProfileVersion],
     kinds: dict[Habit, Sequence[Decision]],
     args: argparse.Namespace,
     advance: Callable[[], None],
@@ -135,6 +138,8 @@ def _measure(
     # Room for the last conversation's blocks beside this one's, so that no cached block is lost within one.
     settings = room_for(base, 2, tokens)
     engines = {habit: Engine.of(shared_copy(base), settings) for habit in HABITS}
+    for engine in engines.values():
+        engine.prepare(versions)
     params = SamplingParams(max_tokens=args.answer_tokens, ignore_eos=True, temperature=0.0, seed=0)
     found: dict[Habit, list[list[Turn]]] = {habit: [] for habit in HABITS}
     for repeat in range(args.repeats + 1):

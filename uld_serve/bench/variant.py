@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from uld_serve.engine.engine import Engine
-from uld_serve.engine.plan import Decision
+from uld_serve.engine.plan import OWN_POOL, Decision
 from uld_serve.engine.request import Delta, SamplingParams
 
 Mode = Literal["plain", "naive", "unlearned", "all-layers", "own-kv", "many", "mixed", "crowded"]
@@ -27,7 +27,8 @@ MODE_HELP = (
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """`decisions` are dealt to the requests of a batch in turn. `kv_bytes_per_token` is of all layers that run."""
+    """`decisions` are dealt to the requests of a batch in turn. `kv_bytes_per_token` is of the target's layers, and
+    of naive's second model."""
 
     mode: Mode
     engine: Engine
@@ -37,8 +38,14 @@ class Variant:
     @property
     def cache_bytes(self) -> int:
         """Of keys and values that the requests hold now, in whole blocks."""
-        pool = self.engine.scheduler.pool
-        return round(pool.usage * pool.num_blocks) * pool.block_size * self.kv_bytes_per_token
+        pools = self.engine.pools
+        held = pools.target.num_held * pools.block_size * self.kv_bytes_per_token
+        own = pools.by_name.get(OWN_POOL)
+        if own is not None and own.num_held:
+            cache = self.engine.runner.own
+            assert cache is not None, "held blocks are some cache's"
+            held += own.num_held * sum(pool.nbytes for pool in cache.pools_S2HD) // cache.num_blocks
+        return held
 
     def fill(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
         """One request a prompt, run until every one has drawn its first token.
