@@ -58,8 +58,7 @@ class _Lane:
         return torch.tensor(values, dtype=self.best_N.dtype, device=self.best_N.device)[:, None]
 
     def temperatures(self) -> torch.Tensor:
-        """(N, 1); 1 for greedy rows."""
-        return self.of_rows([row.temperature or 1.0 for row in self.rows])
+        return self.of_rows([row.temperature for row in self.rows])
 
     def stream(self) -> Stream:
         seeds, positions = [row.seed for row in self.rows], [row.position for row in self.rows]
@@ -120,13 +119,7 @@ def _lane(logits_RV: torch.Tensor, rows: Sequence[SampleRow], numbers: list[int]
 
 def _draw_hushed(lane: _Lane, logits_RV: torch.Tensor, late: LateRows | None, drawn: Drawn) -> None:
     survivors, status_N = _survivors(lane, logits_RV, late)
-    num_rows = len(lane.numbers)
-    if all(row.temperature == 0.0 for row in lane.rows):
-        _, best_N = first_best(survivors.value_C, survivors.row_C, num_rows=num_rows)
-        token_N = survivors.id_C[best_N]
-    else:
-        luck_N1 = lane.of_rows([float(row.temperature > 0.0) for row in lane.rows])
-        token_N = draw_few(survivors, lane.stream(), temperature_N1=lane.temperatures(), luck_N1=luck_N1)
+    token_N = draw_few(survivors, lane.stream(), temperature_N1=lane.temperatures())
     drawn.succeed(lane.numbers, token_N)
     for number, status in zip(lane.numbers, status_N.tolist(), strict=True):
         if status != rules.OK:

@@ -93,6 +93,9 @@ def first_best(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row the largest of its values and the index of its first; rows ascend, and each has a value. NaN counts
     as the largest."""
+    if num_rows == 1:
+        best, at = value_C.max(0)
+        return best[None], at[None]
     count_N = torch.bincount(row_C, minlength=num_rows)
     start_N = count_N.cumsum(0) - count_N
     padded_NK = value_C.new_full((num_rows, int(count_N.max().item())), -inf)

@@ -87,13 +87,18 @@ def draw_whole(
     return found.id_C[first_best(value_C, found.row_C, num_rows=len(token_N))[1]]
 
 
-def draw_few(
-    found: Found, stream: Stream, *, temperature_N1: torch.Tensor, luck_N1: torch.Tensor
-) -> torch.Tensor:
-    """The same over listed tokens, at least one a row; where luck is 0 and not 1, without noise."""
-    noise_C = gumbel_noise(found.id_C, stream.rows(found.row_C)) * luck_N1[found.row_C, 0]
-    value_C = found.value_C / temperature_N1[found.row_C, 0] + noise_C
-    return found.id_C[first_best(value_C, found.row_C, num_rows=len(temperature_N1))[1]]
+def draw_few(found: Found, stream: Stream, *, temperature_N1: torch.Tensor) -> torch.Tensor:
+    """The same over listed tokens, at least one a row. A row whose temperature is 0 goes without noise."""
+    num_rows = temperature_N1.shape[0]
+    if found.id_C.shape[0] == num_rows:
+        return found.id_C
+    value_C = found.value_C
+    is_greedy_N = temperature_N1[:, 0] == 0.0
+    if not is_greedy_N.all():
+        noise_C = gumbel_noise(found.id_C, stream.rows(found.row_C))
+        noisy_C = value_C / temperature_N1[found.row_C, 0] + noise_C
+        value_C = torch.where(is_greedy_N[found.row_C], value_C, noisy_C) if is_greedy_N.any() else noisy_C
+    return found.id_C[first_best(value_C, found.row_C, num_rows=num_rows)[1]]
 
 
 def _is_small(lot: Lot) -> bool:
@@ -105,12 +110,10 @@ def _is_large(lot: Lot) -> bool:
 
 
 def _draw_small(lots: Sequence[Lot]) -> list[int]:
-    if all(lot.ids_K.shape[0] == 1 for lot in lots):
-        return [int(lot.ids_K.item()) for lot in lots]
     lengths = torch.tensor([lot.ids_K.shape[0] for lot in lots], device=lots[0].ids_K.device)
     row_C = torch.arange(len(lots), device=lengths.device).repeat_interleave(lengths)
     found = Found(row_C, torch.cat([lot.ids_K for lot in lots]), torch.cat([lot.z_K for lot in lots]))
-    return _ids(draw_few(found, _stream(lots), temperature_N1=_ones(lots), luck_N1=_ones(lots)))
+    return _ids(draw_few(found, _stream(lots), temperature_N1=_ones(lots)))
 
 
 def _draw_large(lots: Sequence[Lot]) -> list[int]:

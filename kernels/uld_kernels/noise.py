@@ -38,17 +38,18 @@ class Stream:
     @classmethod
     def of(cls, seeds: Sequence[int], positions: Sequence[int], device: torch.device | None = None) -> Stream:
         """One stream a row, each tensor (rows, 1)."""
-        columns = (
-            [seed & WORD for seed in seeds],
-            [(seed >> 32) & WORD for seed in seeds],
-            list(positions),
-        )
-        low, high, position = (torch.tensor(column, device=device)[:, None] for column in columns)
+        columns = [[seed & WORD for seed in seeds], [(seed >> 32) & WORD for seed in seeds], list(positions)]
+        low, high, position = torch.tensor(columns, device=device)[:, :, None].unbind()
         return cls(low, high, position)
 
     def rows(self, index: torch.Tensor) -> Stream:
-        """The stream of each row in `index`, flat."""
-        return Stream(self.seed_low[index, 0], self.seed_high[index, 0], self.position[index, 0])
+        """The stream of each row in `index`, flat; of one number for all where there is one row."""
+        if self.position.shape[0] == 1:
+            return Stream(self.seed_low[0], self.seed_high[0], self.position[0])
+        low, high, position = (
+            column[:, 0][index] for column in (self.seed_low, self.seed_high, self.position)
+        )
+        return Stream(low, high, position)
 
 
 def group_noise(groups: torch.Tensor, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,8 +71,12 @@ def gumbel_noise(token_ids: torch.Tensor, stream: Stream) -> torch.Tensor:
     The logarithms are taken in fp64, so that devices whose logarithms differ in the last bit round to the
     same fp32.
     """
-    highest, member = group_noise(token_ids >> GROUP_BITS, stream)
-    return noise_below(token_ids, stream, highest=highest, member=member)
+    ids = token_ids.expand(torch.broadcast_shapes(token_ids.shape, stream.position.shape))
+    both = torch.stack([ids >> GROUP_BITS, ids])
+    domain = torch.tensor([1, 0], device=ids.device).view(2, *(1,) * ids.ndim)
+    first, second = _words(both, stream, domain=domain)
+    highest, member = _highest(first[0], second[0])
+    return _below(ids, first[1], highest=highest, member=member)
 
 
 def noise_below(

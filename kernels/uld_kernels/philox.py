@@ -23,6 +23,9 @@ Array = npt.NDArray[np.uint64]
 
 _FACTOR_A: Final = np.uint64(ROUND_A)
 _FACTOR_B: Final = np.uint64(ROUND_B)
+_KEY_STEPS_A: Final = np.array([KEY_A * n & WORD for n in range(NUM_ROUNDS)], dtype=np.uint64)
+_KEY_STEPS_B: Final = np.array([KEY_B * n & WORD for n in range(NUM_ROUNDS)], dtype=np.uint64)
+_NOTHING: Final = np.uint64(0)
 _MASK: Final = np.uint64(WORD)
 _HALF: Final = np.uint64(32)
 
@@ -48,14 +51,16 @@ def philox_4x32(
 def first_two_words(
     counter: tuple[Array, Array, Array, Array], key: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    """The first two words of philox_4x32 on arrays. Changes no input.
+    """The first two words of philox_4x32 on arrays, of which c0 or c1 and c0 have the shape of all together. Changes
+    no input.
 
     On a CPU at 193 counters 0.05 ms where the same on tensors takes 0.3: numpy starts a small operation three times as
     fast, most of them write where they read, and the last round leaves out what is not asked for.
     """
-    shape = np.broadcast_shapes(*(word.shape for word in (*counter, *key)))
-    c0, c1, c2, c3 = (np.broadcast_to(word, shape) for word in counter)
-    rounds = zip(_round_keys(key[0], KEY_A), _round_keys(key[1], KEY_B), strict=True)
+    c0, c1, c2, c3 = counter
+    c0 = c0 + (c1 & _NOTHING)
+    c2 = (c0 & _NOTHING) + c2
+    rounds = zip(_round_keys(key[0], _KEY_STEPS_A), _round_keys(key[1], _KEY_STEPS_B), strict=True)
     for number, (k0, k1) in enumerate(rounds, start=1):
         product_b = c2 * _FACTOR_B
         high_b = product_b >> _HALF
@@ -73,11 +78,11 @@ def first_two_words(
     return high_b, product_b
 
 
-def _round_keys(word: Array, step: int) -> Iterable[Array | np.uint64]:
+def _round_keys(word: Array, steps: Array) -> Iterable[Array | np.uint64]:
     """The key of each round; a number where all counters share it, which numpy is quicker with."""
-    steps = np.array([step * n & WORD for n in range(NUM_ROUNDS)], dtype=np.uint64)
-    keys: Array = (word + steps.reshape(NUM_ROUNDS, *(1,) * word.ndim)) & _MASK
-    return keys.flatten() if word.size == 1 else keys
+    if word.size == 1:
+        return (word.flatten() + steps) & _MASK
+    return (word + steps.reshape(NUM_ROUNDS, *(1,) * word.ndim)) & _MASK
 
 
 def _mul_hi_lo(constant: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
