@@ -71,7 +71,7 @@ def gumbel_noise(token_ids: torch.Tensor, stream: Stream) -> torch.Tensor:
     The logarithms are taken in fp64, so that devices whose logarithms differ in the last bit round to the
     same fp32.
     """
-    ids = token_ids.expand(torch.broadcast_shapes(token_ids.shape, stream.position.shape))
+    ids = token_ids + torch.zeros_like(stream.position)
     both = torch.stack([ids >> GROUP_BITS, ids])
     domain = torch.tensor([1, 0], device=ids.device).view(2, *(1,) * ids.ndim)
     first, second = _words(both, stream, domain=domain)
