@@ -59,7 +59,7 @@ def test_an_old_gpu_and_a_missing_package_are_told_apart(
     on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(InvalidRequest, match="8.0"):
+    with pytest.raises(InvalidRequest, match=r"8\.0"):
         choose(CUDA, torch.bfloat16, block_size=16, head_dim=128, name="triton")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InvalidRequest, match="not installed"):

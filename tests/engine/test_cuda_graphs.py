@@ -1,0 +1,302 @@
+"""Recorded decode steps: same tokens, padding that touches nothing, and what is left to the decoder. Steps are recorded
+operation by operation on the CPU, as a CUDA graph would on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from recorded_run import RecordedRun
+from tiny_base import Tiny
+
+from uld_serve.engine import cuda_graphs
+from uld_serve.engine.cuda_graphs import DecodeGraphs, padded_size
+from uld_serve.engine.engine import Engine
+from uld_serve.engine.plan import Decision
+from uld_serve.engine.request import SamplingParams
+from uld_serve.model.decoder import Decoder
+from uld_serve.model.head import Scores
+from uld_serve.model.kv_cache import KVCache
+from uld_serve.model.row_batch import AssistantRow, OwnRows, RowBatch, SequenceRows
+
+BLOCK_SIZE = 16
+NUM_BLOCKS = 40
+
+
+@pytest.fixture
+def engine(make_engine: Callable[..., Engine]) -> Engine:
+    return make_engine(block_size=BLOCK_SIZE)
+
+
+def with_graphs(engine: Engine, record: cuda_graphs.Record = RecordedRun) -> DecodeGraphs:
+    """Graphs over a cache with one block more than the engine knows of."""
+    decoder, pool = engine.runner.decoder, engine.scheduler.pool
+    engine.runner.cache = KVCache.allocate(
+        decoder.base.num_layers,
+        pool.num_blocks + 1,
+        block_size=pool.block_size,
+        num_kv_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        dtype=decoder.base.dtype,
+        device=decoder.base.device,
+    )
+    engine.planner.defers_logits = False  # as on a GPU
+    return DecodeGraphs(decoder, engine.runner.cache, record, scratch_block=pool.num_blocks, max_rows=64)
+
+
+@pytest.fixture
+def hook(monkeypatch: pytest.MonkeyPatch) -> Callable[[DecodeGraphs], None]:
+    """Lets an engine's steps go through graphs first."""
+
+    def install(graphs: DecodeGraphs) -> None:
+        eager = Decoder.forward
+
+        def forward(self: Decoder, batch: RowBatch, *caches: object) -> Scores:
+            return graphs.try_run(batch) or eager(self, batch, *caches)
+
+        monkeypatch.setattr(Decoder, "forward", forward)
+
+    return install
+
+
+def generate(engine: Engine, requests: list[tuple[Decision, int, int]]) -> list[list[int]]:
+    """Tokens of requests (decision, prompt length, number of tokens), each joining one step after the one before."""
+    tokens: list[list[int]] = [[] for _ in requests]
+    waiting = list(enumerate(requests))
+    while waiting or engine.has_work:
+        if waiting:
+            number, (decision, length, max_tokens) = waiting.pop(0)
+            prompt = [(7 * number + 3 * i) % 250 for i in range(length)]
+            params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0, seed=number)
+            engine.add(str(number), prompt, params, decision)
+        for delta in engine.step():
+            assert delta.error is None
+            tokens[int(delta.request_id)] += delta.token_ids
+        engine.check_integrity()
+    return tokens
+
+
+def decisions(tiny: Tiny, *names: str | None) -> list[Decision]:
+    return [Decision.base() if name is None else Decision.of_version(tiny.version(name)) for name in names]
+
+
+MIXES = {
+    "plain": [None, None, None],
+    "one profile": ["late-fork"] * 5,
+    "profiles and plain": ["late-fork", None, "all-layers", None, "late-fork"],
+    "two streams": ["pair", "pair", None],
+    "two forks": ["truncated", "late-fork", "truncated"],
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_recorded_steps_give_the_tokens_of_eager_ones(
+    make_engine: Callable[..., Engine],
+    tiny: Tiny,
+    hook: Callable[[DecodeGraphs], None],
+    mix: str,
+) -> None:
+    """Requests join and end while others run, so sizes, widths and profiles change under way."""
+    given = decisions(tiny, *MIXES[mix])
+    requests = [(decision, 5 + 9 * number, 30 - number) for number, decision in enumerate(given)]
+    eager, recorded = make_engine(block_size=BLOCK_SIZE), make_engine(block_size=BLOCK_SIZE)
+    expected = generate(eager, requests)
+    graphs = with_graphs(recorded)
+    hook(graphs)
+    assert generate(recorded, requests) == expected
+    assert graphs.num_replayed > 15
+    assert graphs.num_recorded >= 2
+
+
+class Step:
+    """Rows of three sequences in one step, with room in a cache of their own."""
+
+    def __init__(self, engine: Engine, tiny: Tiny, *, record: cuda_graphs.Record = RecordedRun) -> None:
+        self.decoder = engine.runner.decoder
+        version = tiny.version("late-fork")
+        self.key = "a"
+        self.slot = self.decoder.bank.acquire("a", lambda: next(iter(version.adapters.values())))
+        self.cache = KVCache.allocate(
+            self.decoder.base.num_layers,
+            NUM_BLOCKS,
+            block_size=BLOCK_SIZE,
+            num_kv_heads=self.decoder.num_kv_heads,
+            head_dim=self.decoder.head_dim,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        generator = torch.Generator().manual_seed(0)
+        for pool in self.cache.pools_S2HD:
+            pool.copy_(torch.randn(pool.shape, generator=generator))
+        self.graphs = DecodeGraphs(self.decoder, self.cache, record, scratch_block=NUM_BLOCKS - 1, max_rows=8)
+
+    def rows(self, *, on: tuple[int, ...] = (0, 2), **changes: object) -> RowBatch:
+        """Sequences of 20, 5 and 33 tokens; the sequences `on` have an assistant."""
+        given = {
+            "token_ids_T": torch.tensor([5, 6, 7]),
+            "positions_T": torch.tensor([19, 4, 32]),
+            "slots_T": torch.tensor([4 * 16 + 3, 6 * 16 + 4, 9 * 16]),
+            "sequences": (
+                SequenceRows(0, 1, [3, 4]),
+                SequenceRows(1, 1, [6]),
+                SequenceRows(2, 1, [7, 8, 9]),
+            ),
+            "assistants": tuple(AssistantRow(source, 2, 4, self.slot, self.key) for source in on),
+            "head_rows": torch.arange(3),
+        }
+        return RowBatch(**{**given, **changes})
+
+    def eager(self, rows: RowBatch) -> torch.Tensor:
+        return self.decoder.forward(rows, self.cache).logits_RW
+
+    def recorded(self, rows: RowBatch) -> torch.Tensor:
+        """Twice, since a shape is recorded when it comes back."""
+        scores = self.graphs.try_run(rows) or self.graphs.try_run(rows)
+        assert scores is not None
+        return scores.logits_RW
+
+
+@pytest.fixture
+def step(engine: Engine, tiny: Tiny) -> Step:
+    return Step(engine, tiny)
+
+
+def test_scores_come_in_the_order_of_the_batch(step: Step) -> None:
+    rows = step.rows()
+    expected = step.eager(rows)
+    torch.testing.assert_close(step.recorded(rows), expected, atol=1e-4, rtol=1e-5)
+    assert not torch.allclose(expected[0], expected[3], atol=1e-2)
+
+
+def test_padding_writes_to_the_scratch_block_alone(step: Step) -> None:
+    rows = step.rows()
+    before = [pool.clone() for pool in step.cache.pools_S2HD]
+    step.recorded(rows)
+    for old, new in zip(before, step.cache.pools_S2HD, strict=True):
+        changed = (old != new).flatten(1).any(1).nonzero().flatten().tolist()
+        scratch = range((NUM_BLOCKS - 1) * BLOCK_SIZE, NUM_BLOCKS * BLOCK_SIZE)
+        assert sorted(set(changed) - set(scratch)) == sorted(rows.slots_T.tolist())
+        assert set(changed) & set(scratch) == {scratch[0]}
+
+
+def test_what_the_scratch_block_holds_reaches_no_row(step: Step) -> None:
+    rows = step.rows()
+    expected = step.recorded(rows).clone()
+    for pool in step.cache.pools_S2HD:
+        pool[-BLOCK_SIZE:] = torch.nan
+    assert torch.equal(step.recorded(rows), expected)
+
+
+def test_a_replay_reads_this_steps_data(step: Step) -> None:
+    """Other tokens, positions and blocks, and the assistant on another sequence, through the same recording."""
+    step.recorded(step.rows(on=(0, 2)))
+    rows = step.rows(
+        on=(1, 2),
+        token_ids_T=torch.tensor([50, 60, 70]),
+        positions_T=torch.tensor([18, 15, 40]),
+        slots_T=torch.tensor([14 * 16 + 2, 16 * 16 + 15, 19 * 16 + 8]),
+        sequences=(SequenceRows(0, 1, [13, 14]), SequenceRows(1, 1, [16]), SequenceRows(2, 1, [17, 18, 19])),
+    )
+    expected = step.eager(rows)
+    scores = step.graphs.try_run(rows)
+    assert scores is not None
+    assert step.graphs.num_recorded == 1
+    torch.testing.assert_close(scores.logits_RW, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_shape_is_recorded_when_it_comes_back(step: Step) -> None:
+    rows = step.rows()
+    assert step.graphs.try_run(rows) is None
+    assert step.graphs.try_run(rows) is not None
+    assert (step.graphs.num_recorded, step.graphs.num_replayed) == (1, 1)
+
+
+def test_a_loaded_adapter_has_graphs_recorded_anew(step: Step, tiny: Tiny) -> None:
+    """Its arrival may have moved the others'."""
+    rows, plain = step.rows(), step.rows(on=())
+    expected = step.recorded(rows).clone()
+    step.recorded(plain)
+    version = tiny.version("all-layers")
+    step.decoder.bank.acquire("b", lambda: next(iter(version.adapters.values())))
+    torch.testing.assert_close(step.recorded(rows), expected)
+    step.recorded(plain)
+    assert step.graphs.num_recorded == 3
+
+
+def test_an_adapter_that_is_not_where_a_row_says_is_an_error(step: Step) -> None:
+    rows = step.rows()
+    step.recorded(rows)
+    step.decoder.bank.release("a")
+    step.decoder.bank.evict("a")
+    with pytest.raises(RuntimeError, match="not in slot"):
+        step.graphs.try_run(rows)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sequences": (SequenceRows(0, 2, [3, 4]), SequenceRows(2, 1, [6]))},
+        {"head_rows": torch.tensor([0, 2])},
+        {"assistants": (AssistantRow(0, 2, 4, 0, "a", True),)},
+        {"lanes": (OwnRows(0, 1, [0], [0], 2, 4, 0, "a"),)},
+        {"separate": {"other": None}},
+        {
+            "sequences": (
+                SequenceRows(0, 1, [3, 4]),
+                SequenceRows(1, 1, [6]),
+                SequenceRows(2, 1, [7, 8, 9], 0, "a"),
+            )
+        },
+        # Six riders for each of three sequences, where one alone wants any.
+        {"assistants": tuple(AssistantRow(0, 2, 4, 0, "a") for _ in range(6))},
+    ],
+    ids=["prompt", "no score", "late", "own keys", "separate model", "target adapter", "unlike riders"],
+)
+def test_what_no_graph_runs_is_left_to_the_decoder(step: Step, changes: dict[str, object]) -> None:
+    rows = step.rows(**changes)
+    assert [step.graphs.try_run(rows) for _ in range(3)] == [None] * 3
+    assert step.graphs.num_recorded == 0
+
+
+def test_a_batch_larger_than_the_largest_graph_is_left_to_the_decoder(step: Step) -> None:
+    step.graphs.max_rows = 2
+    assert [step.graphs.try_run(step.rows()) for _ in range(3)] == [None] * 3
+
+
+def test_a_step_that_cannot_be_recorded_is_tried_once(engine: Engine, tiny: Tiny) -> None:
+    tried = []
+
+    def record(run: Callable[[], torch.Tensor]) -> cuda_graphs.Recording:
+        tried.append(run)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    step = Step(engine, tiny, record=record)
+    assert [step.graphs.try_run(step.rows()) for _ in range(5)] == [None] * 5
+    assert len(tried) == 1
+
+
+def test_the_oldest_graph_makes_room(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "LARGEST_NUMBER_OF_GRAPHS", 1)
+    rows, plain = step.rows(), step.rows(on=())
+    first = step.recorded(rows).clone()
+    step.recorded(plain)
+    assert torch.equal(step.recorded(rows), first)
+    assert step.graphs.num_recorded == 3
+
+
+def test_batches_are_padded_to_few_sizes() -> None:
+    assert [padded_size(count) for count in (1, 2, 3, 5, 8, 9, 17, 25, 64)] == [1, 2, 4, 8, 8, 16, 24, 32, 64]
+
+
+def test_a_recording_refuses_what_a_device_could_not_replay() -> None:
+    """The stand-in itself: values read on the host, and tensors made from it."""
+    x = torch.arange(3)
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
+        RecordedRun(lambda: x * int(x.sum()))
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
+        RecordedRun(lambda: x + torch.tensor([1, 2, 3]))
+    recorded = RecordedRun(lambda: (x * 2).view(3)[1:].float())
+    x.fill_(5)
+    recorded.replay()
+    assert recorded.result.tolist() == [10.0, 10.0]

@@ -1,0 +1,290 @@
+"""Decode steps recorded once and replayed: the host then launches one graph instead of a thousand kernels. Called by
+the runner with a step's rows; a step that fits no graph is left to the decoder. Knows no request and no profile.
+
+A batch is padded to the next size and width, so few graphs serve all. Padding rows write to a block that nobody owns.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from uld_serve.model.decoder import Decoder
+from uld_serve.model.head import Scores
+from uld_serve.model.kv_cache import KVCache
+from uld_serve.model.lora import LOOPED_GROUPS
+from uld_serve.model.row_batch import NO_ADAPTER, AssistantRow, RowBatch
+from uld_serve.model.static_step import RiderShape, StaticShape, StaticStep
+
+logger = logging.getLogger(__name__)
+
+SMALL_SIZES = (1, 2, 4)
+SIZE_STEP = 8
+# Recording takes as long as a few hundred steps: it pays for a shape that comes back.
+RECORD_AT_SIGHT = 2
+LARGEST_NUMBER_OF_GRAPHS = 64
+LARGEST_NUMBER_OF_SHAPES_SEEN = 1024
+# A sequence whose riders differ from its neighbours' has rows that nobody reads; more than this share is a waste.
+LARGEST_ROWS_PER_ROW = 2.0
+WARM_UP_RUNS = 2
+
+
+class Recording(Protocol):
+    """A recorded run: `replay` runs it again on whatever its buffers hold, into the same result."""
+
+    @property
+    def result(self) -> torch.Tensor: ...
+
+    def replay(self) -> None: ...
+
+
+Record = Callable[[Callable[[], torch.Tensor]], Recording]
+"""Records what a function does on the device. The function may be run more than once before."""
+
+
+@dataclass(frozen=True, slots=True)
+class _CudaRecording:
+    graph: torch.cuda.CUDAGraph
+    result: torch.Tensor
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share one memory pool: only one of them runs at a time, and its result is read before
+    the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> Recording:
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):  # compiles kernels and fills caches, which cannot be recorded
+            for _ in range(WARM_UP_RUNS):
+                run()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = run()
+        return _CudaRecording(graph, result)
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A recorded step, and what its rows' block tables hold on the host."""
+
+    step: StaticStep
+    recording: Recording
+    blocks: list[list[int]]
+    host_PB: torch.Tensor
+
+
+@dataclass(slots=True)
+class DecodeGraphs:
+    """`scratch_block` is a block of `cache` that belongs to no sequence, now or later."""
+
+    decoder: Decoder
+    cache: KVCache
+    record: Record
+    scratch_block: int
+    max_rows: int
+    num_replayed: int = 0
+    num_recorded: int = 0
+    _graphs: OrderedDict[StaticShape, _Graph] = field(default_factory=OrderedDict)
+    _seen: Counter[StaticShape] = field(default_factory=Counter)
+    _refused: set[StaticShape] = field(default_factory=set)
+    _adapters: tuple[int, int] = (0, 0)
+
+    @torch.inference_mode()
+    def try_run(self, rows: RowBatch) -> Scores | None:
+        """The scores that the decoder's forward would give, or None for rows that it must run itself."""
+        seating = _Seating.of(rows, max_rows=self.max_rows)
+        if seating is None:
+            return None
+        for row in rows.assistants:
+            self.decoder.bank.check(row.adapter_key, row.slot)
+        graph = self._graph(seating, rows)
+        if graph is None:
+            return None
+        self._graphs.move_to_end(seating.shape)
+        self._fill(graph, seating, rows)
+        graph.recording.replay()
+        self.num_replayed += 1
+        wanted = seating.wanted(graph.step)
+        logits_RW = graph.recording.result
+        if wanted == list(range(logits_RW.shape[0])):
+            return Scores(logits_RW)
+        return Scores(logits_RW.index_select(0, torch.tensor(wanted, device=logits_RW.device)))
+
+    def _graph(self, seating: _Seating, rows: RowBatch) -> _Graph | None:
+        self._forget_moved_adapters()
+        shape = seating.shape
+        if shape in self._graphs:
+            return self._graphs[shape]
+        if shape in self._refused:
+            return None
+        if len(self._seen) >= LARGEST_NUMBER_OF_SHAPES_SEEN:
+            self._seen.clear()
+        self._seen[shape] += 1
+        if self._seen[shape] < RECORD_AT_SIGHT:
+            return None
+        return self._recorded(seating, rows)
+
+    def _recorded(self, seating: _Seating, rows: RowBatch) -> _Graph | None:
+        step = StaticStep(self.decoder, self.cache, seating.shape)
+        # Runs before the recording see this step's own rows: what they write is what the replay writes.
+        host_PB = torch.full(
+            step.blocks_PB.shape, self.scratch_block, pin_memory=step.blocks_PB.is_cuda, dtype=torch.long
+        )
+        blocks: list[list[int]] = [[] for _ in range(seating.shape.num_rows)]
+        self._fill_buffers(step, blocks, host_PB, seating, rows)
+        try:
+            recording = self.record(step.forward)
+        except RuntimeError:
+            logger.exception("a decode step of %d rows cannot be recorded and runs as it is", len(blocks))
+            self._refused.add(seating.shape)
+            return None
+        self.num_recorded += 1
+        graph = self._graphs[seating.shape] = _Graph(step, recording, blocks, host_PB)
+        if len(self._graphs) > LARGEST_NUMBER_OF_GRAPHS:
+            self._graphs.popitem(last=False)
+        return graph
+
+    def _forget_moved_adapters(self) -> None:
+        """A graph reads adapters where they lay when it was recorded. They move when one is loaded."""
+        now = (self.decoder.bank.num_loads, self.decoder.bank.resident_bytes)
+        if now != self._adapters:
+            self._adapters = now
+            for shape in [shape for shape in self._graphs if shape.riders]:
+                del self._graphs[shape]
+
+    def _fill(self, graph: _Graph, seating: _Seating, rows: RowBatch) -> None:
+        self._fill_buffers(graph.step, graph.blocks, graph.host_PB, seating, rows)
+
+    def _fill_buffers(
+        self,
+        step: StaticStep,
+        blocks: list[list[int]],
+        host_PB: torch.Tensor,
+        seating: _Seating,
+        rows: RowBatch,
+    ) -> None:
+        """This step's data into the buffers; padding rows hold token 0 at position 0 of the scratch block."""
+        order, count = seating.order, len(seating.order)
+        given = (rows.token_ids_T, rows.positions_T, rows.slots_T)
+        paddings = (0, 0, self.scratch_block * self.cache.block_size)
+        index = None
+        if order != list(range(count)):
+            index = torch.tensor(order, device=step.token_ids_P.device)
+        buffers = (step.token_ids_P, step.positions_P, step.slots_P)
+        for buffer_P, data_T, padding in zip(buffers, given, paddings, strict=True):
+            buffer_P[:count].copy_(data_T if index is None else data_T.index_select(0, index))
+            buffer_P[count:].fill_(padding)
+        wanted = [list(rows.sequences[row].blocks) for row in order]
+        wanted += [[self.scratch_block]] * (len(blocks) - count)
+        for row, (before, after) in enumerate(zip(blocks, wanted, strict=True)):
+            if before != after:  # of 16 steps one adds a block
+                # What lies past a context repeats a block of its own: NaN in another's would not be hidden by a mask.
+                filled = after + after[:1] * (host_PB.shape[1] - len(after))
+                host_PB[row] = torch.tensor(filled)
+                blocks[row] = after
+        step.blocks_PB.copy_(host_PB, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seating:
+    """Which row of a shape every sequence of a batch takes, and which of its riders every assistant is."""
+
+    shape: StaticShape
+    order: list[int]
+    riders: tuple[int, ...]
+    sources: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rows: RowBatch, *, max_rows: int) -> _Seating | None:
+        """None for rows that no graph runs: prompts, assistants with their own keys and values, late logits, targets
+        with adapters, riders too different."""
+        count = len(rows.sequences)
+        if not 0 < count <= max_rows or rows.lanes or rows.separate or rows.head_rows.shape[0] != count:
+            return None
+        if any(one.count != 1 or one.slot != NO_ADAPTER for one in rows.sequences):
+            return None
+        if any(row.is_late or row.lane is not None for row in rows.assistants):
+            return None
+        own: list[list[AssistantRow]] = [[] for _ in range(count)]
+        for row in rows.assistants:
+            own[row.source].append(row)
+        kinds = _union([Counter((row.fork, row.exit) for row in riders) for riders in own])
+        num_seats = count * (1 + len(kinds))
+        num_slots = len({row.slot for row in rows.assistants})
+        if num_seats > LARGEST_ROWS_PER_ROW * (count + len(rows.assistants)) or num_slots > LOOPED_GROUPS:
+            return None
+        seats = [_seats(riders, kinds) for riders in own]
+        order = sorted(
+            range(count), key=lambda row: [seat.slot if seat else NO_ADAPTER for seat in seats[row]]
+        )
+        size = padded_size(count)
+        shape = StaticShape(
+            num_rows=size,
+            num_blocks=_power_of_two(max(len(one.blocks) for one in rows.sequences)),
+            riders=tuple(
+                RiderShape(fork, exit, _slots([seats[row][kind] for row in order], size))
+                for kind, (fork, exit) in enumerate(kinds)
+            ),
+        )
+        kind_of = {id(seat): kind for riders in seats for kind, seat in enumerate(riders) if seat is not None}
+        return cls(
+            shape,
+            order,
+            tuple(kind_of[id(row)] for row in rows.assistants),
+            tuple(row.source for row in rows.assistants),
+        )
+
+    def wanted(self, step: StaticStep) -> list[int]:
+        """Rows of the step's result in the batch's order: the targets', then the assistants'."""
+        place = {row: at for at, row in enumerate(self.order)}
+        targets = [step.row_of(place[row]) for row in range(len(self.order))]
+        pairs = zip(self.sources, self.riders, strict=True)
+        return targets + [step.row_of(place[source], rider) for source, rider in pairs]
+
+
+def padded_size(count: int) -> int:
+    """1, 2, 4, 8, 16, 24, 32, …"""
+    return next((size for size in SMALL_SIZES if count <= size), -(-count // SIZE_STEP) * SIZE_STEP)
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _union(counts: list[Counter[tuple[int, int]]]) -> list[tuple[int, int]]:
+    """The fewest riders, by fork and exit, among which every sequence finds its own."""
+    most: Counter[tuple[int, int]] = Counter()
+    for one in counts:
+        most |= one
+    return sorted(most.elements())
+
+
+def _seats(riders: list[AssistantRow], kinds: list[tuple[int, int]]) -> list[AssistantRow | None]:
+    """A sequence's own riders in the order of `kinds`; None where it has none."""
+    left = list(riders)
+    seats: list[AssistantRow | None] = []
+    for kind in kinds:
+        found = next((row for row in left if (row.fork, row.exit) == kind), None)
+        if found is not None:
+            left.remove(found)
+        seats.append(found)
+    return seats
+
+
+def _slots(seats: list[AssistantRow | None], size: int) -> tuple[int, ...]:
+    own = [NO_ADAPTER if seat is None else seat.slot for seat in seats]
+    return tuple(own + [NO_ADAPTER] * (size - len(own)))
