@@ -93,7 +93,7 @@ def test_greedy_tokens_equal_the_models_own_forward(kind: str) -> None:
 def test_what_the_loop_would_get_wrong_is_refused(kind: str) -> None:
     base = tiny_model(kind, REFUSED[kind])
     with pytest.raises(ModelUnsupported) as refusal:
-        Decoder.of(base).self_check()
+        Decoder.of(base)
     assert (
         type(base.model).__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
         in refusal.value.message

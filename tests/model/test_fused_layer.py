@@ -23,7 +23,6 @@ FUSED = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"}
 def test_layers_of_llamas_build_are_fused(kind: str) -> None:
     decoder = Decoder.of(tiny_model(kind, SERVED[kind]))
     assert all(isinstance(layer, FusedLayer) == (kind in FUSED) for layer in decoder.layers)
-    decoder.self_check()
 
 
 def doubled_residual(layer: nn.Module) -> None:

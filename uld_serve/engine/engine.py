@@ -51,7 +51,6 @@ class Engine:
     def of(cls, base: Base, settings: EngineSettings | None = None) -> Engine:
         """Raises ModelUnsupported when the base's layers do not compute what the base computes."""
         decoder = Decoder.of(base)
-        decoder.self_check()
         config = _resolve(settings or EngineSettings(), decoder)
         decoder.bank.budget_bytes = config.adapter_bytes
         pools = Pools({TARGET_POOL: BlockPool(config.num_blocks, config.block_size)})

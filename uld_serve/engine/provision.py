@@ -77,7 +77,6 @@ class Provision:
             )
         check_same_vocabulary(self.base, model)
         decoder = Decoder.of(model)
-        decoder.self_check()
         decoder.bank.budget_bytes = self.config.adapter_bytes
         num_blocks = self._num_blocks(decoder, model.num_layers)
         self.runner.separate[fingerprint] = Runner.of(decoder, self.config, num_blocks=num_blocks)

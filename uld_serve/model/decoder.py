@@ -18,7 +18,7 @@ from uld_serve.errors import ModelUnsupported
 from uld_serve.model import attention
 from uld_serve.model.adapter_bank import AdapterBank
 from uld_serve.model.borrowed import decoder_parts
-from uld_serve.model.fused_layer import fuse
+from uld_serve.model.fusing import fuse
 from uld_serve.model.head import Head, Scores
 from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.loading import Base
@@ -49,14 +49,12 @@ class Decoder:
     head: Head
     layer_types: tuple[str, ...]
     rotates_by_type: bool
-    own_logits_RW: torch.Tensor
 
     @classmethod
     def of(cls, base: Base) -> Decoder:
-        """Raises ModelUnsupported when the base is not built of layers, norm, rotary embedding and head."""
+        """Raises ModelUnsupported when the base is not built of layers, norm, rotary embedding and head, or when
+        its layers do not compute what it computes."""
         parts, config = decoder_parts(base.model), base.model.config.get_text_config()
-        with torch.inference_mode():
-            own_logits_RW = base.model(_check_tokens(base)[None], use_cache=False).logits[0].float()
         attention.register()
         base.model.set_attn_implementation(attention.ATTENTION_NAME)
         is_packed = can_pack(base.dtype, base.device)
@@ -70,8 +68,8 @@ class Decoder:
             head=Head.of(parts.head, is_packed=is_packed),
             layer_types=tuple(getattr(config, "layer_types", None) or ["full_attention"] * len(parts.layers)),
             rotates_by_type="layer_type" in inspect.signature(parts.rotary.forward).parameters,
-            own_logits_RW=own_logits_RW,
         )
+        decoder._self_check()
         decoder._lay_out(is_packed=is_packed)
         return decoder
 
@@ -194,13 +192,15 @@ class Decoder:
         self.bank.rows.seat(seats.start, seats.slots, batch.positions_T.device)
 
     @torch.inference_mode()
-    def self_check(self) -> None:
-        """Compare our loop with what the model's own forward gave on a few tokens, before layers were replaced.
+    def _self_check(self) -> None:
+        """Compare our loop over the model's own layers with its own forward on a few tokens.
 
         Raises ModelUnsupported when they differ: the model then does something outside its layers (scaled
         embeddings, capped logits, mixed masks) that the loop would silently leave out.
         """
-        positions = torch.arange(SELF_CHECK_TOKENS, device=self.base.device)
+        device = self.base.device
+        token_ids = torch.arange(SELF_CHECK_TOKENS, device=device) * 7 % self.base.vocab_size
+        positions = torch.arange(SELF_CHECK_TOKENS, device=device)
         cache = KVCache.allocate(
             len(self.layers),
             1,
@@ -208,27 +208,27 @@ class Decoder:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             dtype=self.base.dtype,
-            device=self.base.device,
+            device=device,
         )
         rows = SequenceRows(0, SELF_CHECK_TOKENS, [0])
-        batch = RowBatch(_check_tokens(self.base), positions, positions, (rows,), (), positions)
         try:
+            batch = RowBatch(token_ids, positions, positions, (rows,), (), positions)
             ours = self.forward(batch, cache).logits_RW
         except TypeError as error:  # a layer with another signature than Llama's
             raise ModelUnsupported(
                 f"{type(self.base.model).__name__}'s layers cannot be called one by one"
             ) from error
-        theirs = self.own_logits_RW
+        self.base.model.set_attn_implementation("sdpa")
+        try:
+            theirs = self.base.model(token_ids[None], use_cache=False).logits[0].float()
+        finally:
+            self.base.model.set_attn_implementation(attention.ATTENTION_NAME)
         gap = float((ours - theirs).abs().max() / theirs.abs().max())
         if not gap <= SELF_CHECK_TOLERANCE.get(self.base.dtype, SELF_CHECK_TOLERANCE_HALF):
             raise ModelUnsupported(
                 f"{type(self.base.model).__name__} computes something outside its layers: our loop's logits differ "
                 f"from its own by {gap:.1%}; this architecture is not served"
             )
-
-
-def _check_tokens(base: Base) -> torch.Tensor:
-    return torch.arange(SELF_CHECK_TOKENS, device=base.device) * 7 % base.vocab_size
 
 
 def _with_riders(

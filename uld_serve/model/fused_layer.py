@@ -10,26 +10,18 @@ Shapes: N rows, D model width, H query heads, K key/value heads, W head width, I
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
 
-from uld_serve.errors import ModelUnsupported
-from uld_serve.model.attention import ATTENTION_NAME, Heads, attend, paged_attention
-from uld_serve.model.geometry import Geometry, SequenceGroup, Write
+from uld_serve.model.attention import Heads, attend
+from uld_serve.model.geometry import Geometry
 from uld_serve.model.joint_linear import JointLinear
-from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.lora import LoraDelta, LoraRows
 
-PROBE_NAME = "uld_probe"
-# Share of the largest value. A fused layer rounds less often: 0.7 % in bf16 on SmolLM2-135M.
-TOLERANCE = {torch.float32: 1e-4}
-TOLERANCE_HALF = 0.03
 PROJECTIONS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -80,12 +72,13 @@ class FusedLayer(nn.Module):
         *,
         rows: LoraRows,
         rotation: Rotation,
+        rotates: bool,
         is_packed: bool,
     ) -> None:
         super().__init__()
-        self.index, self.heads, self._rotation, self.rotates = index, heads, rotation, True
+        self.index, self.heads, self._rotation, self.rotates = index, heads, rotation, rotates
         joints = [
-            JointLinear([_linear(layer, name) for name in names], rows, is_packed=is_packed)
+            JointLinear([linear(layer, name) for name in names], rows, is_packed=is_packed)
             for names in PROJECTIONS
         ]
         self.qkv, self.out, self.gate_up, self.down = joints
@@ -128,142 +121,7 @@ class FusedLayer(nn.Module):
         joint_NHW.mul_(cos_N1W).addcmul_(swapped_NHW, sin_N1W)
 
 
-def fuse(
-    layers: nn.ModuleList,
-    model: PreTrainedModel,
-    tables: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    *,
-    rows: LoraRows,
-    is_packed: bool,
-) -> int:
-    """Replace every layer whose outcome on random rows a fused one reproduces; how many were.
-
-    `tables`: each layer's (cos, sin), (1, N, W), of N positions from 0 on. A model's name is not asked: what scales a
-    residual, norms by 1 + w or gates another way is found out by its outcome.
-    """
-    AttentionInterface.register(PROBE_NAME, _probe)
-    rotation = Rotation()
-    fused = 0
-    model.set_attn_implementation(PROBE_NAME)
-    try:
-        for index, layer in enumerate(layers):
-            if not _has_parts(layer):
-                continue
-            trial = _Trial.of(layer, index, tables[index])
-            heads, expected_ND = trial.run_original(layer)
-            candidate = FusedLayer(layer, index, heads, rows=rows, rotation=rotation, is_packed=is_packed)
-            for candidate.rotates in (True, False):  # some models have layers without positions
-                if trial.is_met_by(candidate, expected_ND):
-                    layers[index] = candidate
-                    fused += 1
-                    break
-    finally:
-        model.set_attn_implementation(ATTENTION_NAME)
-    return fused
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What a layer handed to its attention; geometry carries it to and from `_probe`."""
-
-    geometry: Geometry
-    heads: Heads | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    """Random rows of one sequence, to be run through a layer and what may replace it."""
-
-    index: int
-    hidden_1ND: torch.Tensor
-    tables: tuple[torch.Tensor, torch.Tensor]
-
-    @classmethod
-    def of(cls, layer: nn.Module, index: int, tables: tuple[torch.Tensor, torch.Tensor]) -> _Trial:
-        weight = _linear(layer, PROJECTIONS[0][0]).weight
-        generator = torch.Generator().manual_seed(index)
-        hidden_1ND = torch.randn(1, tables[0].shape[1], weight.shape[1], generator=generator)
-        return cls(index, hidden_1ND.to(weight.device, weight.dtype), tables)
-
-    def run_original(self, layer: nn.Module) -> tuple[Heads, torch.Tensor]:
-        """Raises ModelUnsupported for attention that is not served."""
-        seen = _Seen(self._geometry(layer))
-        out = layer(
-            self.hidden_1ND,
-            attention_mask=None,
-            position_ids=torch.arange(self.hidden_1ND.shape[1], device=self.hidden_1ND.device)[None],
-            position_embeddings=self.tables,
-            geometry=seen,
-        )
-        if seen.heads is None:
-            raise ModelUnsupported(f"{type(layer).__name__} does not hand keyword arguments to its attention")
-        return seen.heads, out[0] if isinstance(out, tuple) else out
-
-    def is_met_by(self, candidate: FusedLayer, expected_1ND: torch.Tensor) -> bool:
-        geometry = self._geometry_of(candidate.heads.num_kv_heads, candidate.heads.head_dim)
-        found_1ND = candidate(self.hidden_1ND, position_embeddings=self.tables, geometry=geometry)
-        gap = float((found_1ND.float() - expected_1ND.float()).abs().max() / expected_1ND.float().abs().max())
-        return gap <= TOLERANCE.get(found_1ND.dtype, TOLERANCE_HALF)
-
-    def _geometry(self, layer: nn.Module) -> Geometry:
-        head_dim = self.tables[0].shape[-1]
-        return self._geometry_of(_linear(layer, "self_attn.k_proj").out_features // head_dim, head_dim)
-
-    def _geometry_of(self, num_kv_heads: int, head_dim: int) -> Geometry:
-        N, device = self.hidden_1ND.shape[1], self.hidden_1ND.device
-        cache = KVCache.allocate(
-            1,
-            1,
-            block_size=N,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=self.hidden_1ND.dtype,
-            device=device,
-        )
-        rows_N = torch.arange(N, device=device)
-        group = SequenceGroup(
-            cache=cache,
-            first_layer=self.index,
-            rows_SQ=rows_N[None],
-            positions_SQ=rows_N[None],
-            blocks_SB=torch.zeros(1, 1, dtype=torch.long, device=device),
-            moves=None,
-            first=0,
-            same_position=False,
-        )
-        return Geometry((Write(cache, self.index, 0, N, rows_N),), (group,))
-
-
-def _probe(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    geometry: _Seen | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: object,
-) -> tuple[torch.Tensor, None]:
-    """Attention that writes down what it is asked."""
-    if geometry is None:
-        raise ModelUnsupported(f"{type(module).__name__} does not hand keyword arguments to its attention")
-    geometry.heads = Heads(query.shape[1], key.shape[1], query.shape[3], scaling, sliding_window)
-    return paged_attention(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling=scaling,
-        sliding_window=sliding_window,
-        geometry=geometry.geometry,
-        **kwargs,  # type: ignore[arg-type]
-    )
-
-
-def _has_parts(layer: nn.Module) -> bool:
+def has_parts(layer: nn.Module) -> bool:
     """Whether all projections are plain linear layers and both norms have a weight and an epsilon."""
     try:
         linears = [layer.get_submodule(name) for names in PROJECTIONS for name in names]
@@ -275,7 +133,7 @@ def _has_parts(layer: nn.Module) -> bool:
     )
 
 
-def _linear(layer: nn.Module, name: str) -> nn.Linear:
+def linear(layer: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, layer.get_submodule(name))
 
 
