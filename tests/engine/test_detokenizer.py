@@ -6,11 +6,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_base import EOS_ID, byte_tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from uld_serve.engine.detokenizer import Detokenizer
 from uld_serve.engine.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(byte_tokenizer(), vocab_size=259, eos_ids=[EOS_ID])
+NUM_BYTES, WORDS = 256, ["\u2581a", "\u2581bc", "d", "\u00e9", "\u2581"]
+
+
+def fallback_tokenizer() -> Tokenizer:
+    """As SentencePiece models are: words with their space in front, and bytes for what they do not know."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(NUM_BYTES)}
+    vocab |= {word: NUM_BYTES + number for number, word in enumerate(WORDS)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<|end|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    return Tokenizer(fast, vocab_size=len(fast), eos_ids=[FALLBACK_END])
+
+
+FALLBACK_END = NUM_BYTES + len(WORDS)
+FALLBACK = fallback_tokenizer()
 
 
 def stream(data: bytes, *, stop: tuple[str, ...] = (), keep_stop: bool = False) -> list[str]:
@@ -71,3 +93,50 @@ def test_control_tokens_show_in_token_text_but_not_in_decoded_text() -> None:
     assert TOKENIZER.token_text(EOS_ID) == "<|end|>"
     assert TOKENIZER.decode([72, 105, EOS_ID]) == "Hi"
     assert TOKENIZER.control_ids == (256, 257, 258)
+
+
+def stream_ids(tokenizer: Tokenizer, prompt_ids: list[int], ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, prompt_ids)
+    return [*(detokenizer.push(token_id) for token_id in ids), detokenizer.flush()]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from([*"\u4f60\u20ac\U0001f600", *range(NUM_BYTES, FALLBACK_END + 1)]), max_size=30)
+)
+def test_words_and_characters_spelt_in_bytes_join_to_the_decoded_whole(parts: list[str | int]) -> None:
+    prompt = [NUM_BYTES, NUM_BYTES + 2]
+    ids = [i for part in parts for i in (part.encode() if isinstance(part, str) else [part])]
+    pieces = stream_ids(FALLBACK, prompt, ids)
+    assert "".join(pieces) == FALLBACK.decode([*prompt, *ids])[len(FALLBACK.decode(prompt)) :]
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, FALLBACK], ids=["byte-level", "byte-fallback"])
+def test_endless_bytes_that_are_no_text_come_out_bit_by_bit_at_the_same_cost(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(
+        tokenizer, "decode", lambda ids, **how: decoded.append(len(ids)) or decode(ids, **how)
+    )
+    pieces = stream_ids(tokenizer, [256], [0x80] * 500)
+    assert "".join(pieces) == "\ufffd" * 500
+    assert max(len(piece) for piece in pieces) <= 16
+    assert max(decoded, default=0) <= 48
+
+
+def test_control_tokens_without_end_cost_the_same_and_leave_the_next_word_its_space() -> None:
+    assert stream_ids(FALLBACK, [NUM_BYTES], [FALLBACK_END] * 100 + [NUM_BYTES + 1])[-2:] == [" bc", ""]
+
+
+def test_a_character_that_the_prompt_begins_is_completed() -> None:
+    first, *others = "\u20ac".encode()
+    assert "".join(stream_ids(TOKENIZER, [65, first], others)) == "\u20ac"
+
+
+def test_text_cut_within_a_character_ends_as_the_decoded_whole_does() -> None:
+    for cut in range(1, 4):
+        ids = [*b"ok ", *"\U0001f600".encode()[:cut]]
+        assert "".join(stream_ids(TOKENIZER, [65], ids)) == TOKENIZER.decode(ids) == "ok \ufffd"

@@ -29,8 +29,12 @@ class Tokenizer:
         self.eos_ids = tuple(eos_ids)
         self.control_ids = control_ids(tokenizer, eos_ids)
         self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
-        self._is_byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+        decoder = str(tokenizer.backend_tokenizer.decoder)
+        self._is_byte_level = "ByteLevel" in decoder
+        self.is_bytes_joined = decoder.startswith("ByteLevel(")
+        """Whether a text is the tokens' bytes one after the other, and nothing else is done to it."""
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
+        self.text_bytes = lru_cache(maxsize=65536)(self._text_bytes)
 
     @property
     def has_chat_template(self) -> bool:
@@ -79,3 +83,7 @@ class Tokenizer:
         if self._is_byte_level and all(char in self._byte_of for char in token):
             return bytes(self._byte_of[char] for char in token)
         return self.decode([token_id], skip_special_tokens=False).encode()
+
+    def _text_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text; nothing if it is a control token."""
+        return self.token_bytes(token_id) if self.decode([token_id]) else b""
