@@ -11,12 +11,11 @@ from recorded_run import RecordedRun
 from tiny_base import Tiny
 
 from uld_serve.engine import cuda_graphs
-from uld_serve.engine.cuda_graphs import DecodeGraphs, padded_size
+from uld_serve.engine.cuda_graphs import DecodeGraphs, GraphedRunner
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import Decision
 from uld_serve.engine.request import SamplingParams
-from uld_serve.model.decoder import Decoder
-from uld_serve.model.head import Scores
+from uld_serve.engine.seating import padded_size
 from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.row_batch import AssistantRow, OwnRows, RowBatch, SequenceRows
 
@@ -30,34 +29,11 @@ def engine(make_engine: Callable[..., Engine]) -> Engine:
 
 
 def with_graphs(engine: Engine, record: cuda_graphs.Record = RecordedRun) -> DecodeGraphs:
-    """Graphs over a cache with one block more than the engine knows of."""
-    decoder, pool = engine.runner.decoder, engine.scheduler.pool
-    engine.runner.cache = KVCache.allocate(
-        decoder.base.num_layers,
-        pool.num_blocks + 1,
-        block_size=pool.block_size,
-        num_kv_heads=decoder.num_kv_heads,
-        head_dim=decoder.head_dim,
-        dtype=decoder.base.dtype,
-        device=decoder.base.device,
-    )
     engine.planner.defers_logits = False  # as on a GPU
-    return DecodeGraphs(decoder, engine.runner.cache, record, scratch_block=pool.num_blocks, max_rows=64)
-
-
-@pytest.fixture
-def hook(monkeypatch: pytest.MonkeyPatch) -> Callable[[DecodeGraphs], None]:
-    """Lets an engine's steps go through graphs first."""
-
-    def install(graphs: DecodeGraphs) -> None:
-        eager = Decoder.forward
-
-        def forward(self: Decoder, batch: RowBatch, *caches: object) -> Scores:
-            return graphs.try_run(batch) or eager(self, batch, *caches)
-
-        monkeypatch.setattr(Decoder, "forward", forward)
-
-    return install
+    runner = GraphedRunner.around(engine.runner, record, max_rows=64)
+    engine.runner = runner
+    assert runner.graphs is not None
+    return runner.graphs
 
 
 def generate(engine: Engine, requests: list[tuple[Decision, int, int]]) -> list[list[int]]:
@@ -92,10 +68,7 @@ MIXES = {
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_recorded_steps_give_the_tokens_of_eager_ones(
-    make_engine: Callable[..., Engine],
-    tiny: Tiny,
-    hook: Callable[[DecodeGraphs], None],
-    mix: str,
+    make_engine: Callable[..., Engine], tiny: Tiny, mix: str
 ) -> None:
     """Requests join and end while others run, so sizes, widths and profiles change under way."""
     given = decisions(tiny, *MIXES[mix])
@@ -103,7 +76,6 @@ def test_recorded_steps_give_the_tokens_of_eager_ones(
     eager, recorded = make_engine(block_size=BLOCK_SIZE), make_engine(block_size=BLOCK_SIZE)
     expected = generate(eager, requests)
     graphs = with_graphs(recorded)
-    hook(graphs)
     assert generate(recorded, requests) == expected
     assert graphs.num_replayed > 15
     assert graphs.num_recorded >= 2
@@ -167,6 +139,12 @@ def test_scores_come_in_the_order_of_the_batch(step: Step) -> None:
     expected = step.eager(rows)
     torch.testing.assert_close(step.recorded(rows), expected, atol=1e-4, rtol=1e-5)
     assert not torch.allclose(expected[0], expected[3], atol=1e-2)
+
+
+def test_the_engine_knows_nothing_of_the_scratch_block(engine: Engine) -> None:
+    graphs = with_graphs(engine)
+    assert graphs.scratch_block == engine.scheduler.pool.num_blocks
+    assert engine.runner.cache.num_blocks == engine.scheduler.pool.num_blocks + 1
 
 
 def test_padding_writes_to_the_scratch_block_alone(step: Step) -> None:

@@ -1,5 +1,5 @@
-"""Decode steps recorded once and replayed: the host then launches one graph instead of a thousand kernels. Called by
-the runner with a step's rows; a step that fits no graph is left to the decoder. Knows no request and no profile.
+"""Decode steps recorded once and replayed: the host then launches one graph instead of a thousand kernels. Made at
+engine construction on a GPU; a step that fits no graph is run as it is. Knows no request and no profile.
 
 A batch is padded to the next size and width, so few graphs serve all. Padding rows write to a block that nobody owns.
 """
@@ -14,23 +14,20 @@ from typing import Protocol
 
 import torch
 
+from uld_serve.engine.runner import Runner
+from uld_serve.engine.seating import Seating
 from uld_serve.model.decoder import Decoder
 from uld_serve.model.head import Scores
 from uld_serve.model.kv_cache import KVCache
-from uld_serve.model.lora import LOOPED_GROUPS
-from uld_serve.model.row_batch import NO_ADAPTER, AssistantRow, RowBatch
-from uld_serve.model.static_step import RiderShape, StaticShape, StaticStep
+from uld_serve.model.row_batch import RowBatch
+from uld_serve.model.static_step import StaticShape, StaticStep
 
 logger = logging.getLogger(__name__)
 
-SMALL_SIZES = (1, 2, 4)
-SIZE_STEP = 8
 # Recording takes as long as a few hundred steps: it pays for a shape that comes back.
 RECORD_AT_SIGHT = 2
 LARGEST_NUMBER_OF_GRAPHS = 64
 LARGEST_NUMBER_OF_SHAPES_SEEN = 1024
-# A sequence whose riders differ from its neighbours' has rows that nobody reads; more than this share is a waste.
-LARGEST_ROWS_PER_ROW = 2.0
 WARM_UP_RUNS = 2
 
 
@@ -106,7 +103,7 @@ class DecodeGraphs:
     @torch.inference_mode()
     def try_run(self, rows: RowBatch) -> Scores | None:
         """The scores that the decoder's forward would give, or None for rows that it must run itself."""
-        seating = _Seating.of(rows, max_rows=self.max_rows)
+        seating = Seating.of(rows, max_rows=self.max_rows)
         if seating is None:
             return None
         for row in rows.assistants:
@@ -124,7 +121,7 @@ class DecodeGraphs:
             return Scores(logits_RW)
         return Scores(logits_RW.index_select(0, torch.tensor(wanted, device=logits_RW.device)))
 
-    def _graph(self, seating: _Seating, rows: RowBatch) -> _Graph | None:
+    def _graph(self, seating: Seating, rows: RowBatch) -> _Graph | None:
         self._forget_moved_adapters()
         shape = seating.shape
         if shape in self._graphs:
@@ -138,7 +135,7 @@ class DecodeGraphs:
             return None
         return self._recorded(seating, rows)
 
-    def _recorded(self, seating: _Seating, rows: RowBatch) -> _Graph | None:
+    def _recorded(self, seating: Seating, rows: RowBatch) -> _Graph | None:
         step = StaticStep(self.decoder, self.cache, seating.shape)
         # Runs before the recording see this step's own rows: what they write is what the replay writes.
         host_PB = torch.full(
@@ -166,7 +163,7 @@ class DecodeGraphs:
             for shape in [shape for shape in self._graphs if shape.riders]:
                 del self._graphs[shape]
 
-    def _fill(self, graph: _Graph, seating: _Seating, rows: RowBatch) -> None:
+    def _fill(self, graph: _Graph, seating: Seating, rows: RowBatch) -> None:
         self._fill_buffers(graph.step, graph.blocks, graph.host_PB, seating, rows)
 
     def _fill_buffers(
@@ -174,7 +171,7 @@ class DecodeGraphs:
         step: StaticStep,
         blocks: list[list[int]],
         host_PB: torch.Tensor,
-        seating: _Seating,
+        seating: Seating,
         rows: RowBatch,
     ) -> None:
         """This step's data into the buffers; padding rows hold token 0 at position 0 of the scratch block."""
@@ -199,92 +196,24 @@ class DecodeGraphs:
         step.blocks_PB.copy_(host_PB, non_blocking=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Seating:
-    """Which row of a shape every sequence of a batch takes, and which of its riders every assistant is."""
+@dataclass(slots=True)
+class GraphedRunner(Runner):
+    """A runner whose decode steps are replayed where they can be."""
 
-    shape: StaticShape
-    order: list[int]
-    riders: tuple[int, ...]
-    sources: tuple[int, ...]
+    graphs: DecodeGraphs | None = None
 
     @classmethod
-    def of(cls, rows: RowBatch, *, max_rows: int) -> _Seating | None:
-        """None for rows that no graph runs: prompts, assistants with their own keys and values, late logits, targets
-        with adapters, riders too different."""
-        count = len(rows.sequences)
-        if not 0 < count <= max_rows or rows.lanes or rows.separate or rows.head_rows.shape[0] != count:
-            return None
-        if any(one.count != 1 or one.slot != NO_ADAPTER for one in rows.sequences):
-            return None
-        if any(row.is_late or row.lane is not None for row in rows.assistants):
-            return None
-        own: list[list[AssistantRow]] = [[] for _ in range(count)]
-        for row in rows.assistants:
-            own[row.source].append(row)
-        kinds = _union([Counter((row.fork, row.exit) for row in riders) for riders in own])
-        num_seats = count * (1 + len(kinds))
-        num_slots = len({row.slot for row in rows.assistants})
-        if num_seats > LARGEST_ROWS_PER_ROW * (count + len(rows.assistants)) or num_slots > LOOPED_GROUPS:
-            return None
-        seats = [_seats(riders, kinds) for riders in own]
-        order = sorted(
-            range(count), key=lambda row: [seat.slot if seat else NO_ADAPTER for seat in seats[row]]
-        )
-        size = padded_size(count)
-        shape = StaticShape(
-            num_rows=size,
-            num_blocks=_power_of_two(max(len(one.blocks) for one in rows.sequences)),
-            riders=tuple(
-                RiderShape(fork, exit, _slots([seats[row][kind] for row in order], size))
-                for kind, (fork, exit) in enumerate(kinds)
-            ),
-        )
-        kind_of = {id(seat): kind for riders in seats for kind, seat in enumerate(riders) if seat is not None}
-        return cls(
-            shape,
-            order,
-            tuple(kind_of[id(row)] for row in rows.assistants),
-            tuple(row.source for row in rows.assistants),
-        )
+    def around(cls, runner: Runner, record: Record, *, max_rows: int) -> GraphedRunner:
+        """Takes over a runner that holds nothing yet: its cache is laid out anew, with one block more for padding."""
+        decoder, old = runner.decoder, runner.cache
+        num_blocks, block_size = old.num_blocks, old.block_size
+        # Freed before the new one is taken: a cache fills most of a device.
+        runner.cache = KVCache((), block_size)
+        del old
+        cache = decoder.allocate_cache(decoder.base.num_layers, num_blocks + 1, block_size=block_size)
+        graphs = DecodeGraphs(decoder, cache, record, scratch_block=num_blocks, max_rows=max_rows)
+        return cls(decoder, cache, runner.own, runner.separate, graphs)
 
-    def wanted(self, step: StaticStep) -> list[int]:
-        """Rows of the step's result in the batch's order: the targets', then the assistants'."""
-        place = {row: at for at, row in enumerate(self.order)}
-        targets = [step.row_of(place[row]) for row in range(len(self.order))]
-        pairs = zip(self.sources, self.riders, strict=True)
-        return targets + [step.row_of(place[source], rider) for source, rider in pairs]
-
-
-def padded_size(count: int) -> int:
-    """1, 2, 4, 8, 16, 24, 32, …"""
-    return next((size for size in SMALL_SIZES if count <= size), -(-count // SIZE_STEP) * SIZE_STEP)
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
-def _union(counts: list[Counter[tuple[int, int]]]) -> list[tuple[int, int]]:
-    """The fewest riders, by fork and exit, among which every sequence finds its own."""
-    most: Counter[tuple[int, int]] = Counter()
-    for one in counts:
-        most |= one
-    return sorted(most.elements())
-
-
-def _seats(riders: list[AssistantRow], kinds: list[tuple[int, int]]) -> list[AssistantRow | None]:
-    """A sequence's own riders in the order of `kinds`; None where it has none."""
-    left = list(riders)
-    seats: list[AssistantRow | None] = []
-    for kind in kinds:
-        found = next((row for row in left if (row.fork, row.exit) == kind), None)
-        if found is not None:
-            left.remove(found)
-        seats.append(found)
-    return seats
-
-
-def _slots(seats: list[AssistantRow | None], size: int) -> tuple[int, ...]:
-    own = [NO_ADAPTER if seat is None else seat.slot for seat in seats]
-    return tuple(own + [NO_ADAPTER] * (size - len(own)))
+    def run(self, rows: RowBatch) -> Scores:
+        scores = None if self.graphs is None else self.graphs.try_run(rows)
+        return Runner.run(self, rows) if scores is None else scores
