@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from kept_profiles import Kept, write_kept
 from oracle import Oracle
 from tiny_base import RULES, Tiny, write_base, write_tiny_profile
 
@@ -36,6 +37,29 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="session")
 def oracle(tiny: Tiny) -> Oracle:
     return Oracle(tiny.folder, tiny.profiles, vocab_size=tiny.base.vocab_size, control_ids=[256, 257, 258])
+
+
+@pytest.fixture(scope="session")
+def kept(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    return write_kept(tmp_path_factory.mktemp("kept"), tiny.base, tiny.folder)
+
+
+@pytest.fixture(scope="session")
+def kept_oracle(tiny: Tiny, kept: Kept) -> Oracle:
+    profiles = {**tiny.profiles, **kept.profiles}
+    return Oracle(tiny.folder, profiles, vocab_size=tiny.base.vocab_size, control_ids=[256, 257, 258])
+
+
+@pytest.fixture(scope="session")
+def make_kept_engine(kept: Kept, make_engine: Callable[..., Engine]) -> Callable[..., Engine]:
+    """As make_engine, prepared for profiles that keep state of their own."""
+
+    def make(**settings: int) -> Engine:
+        engine = make_engine(**settings)
+        engine.prepare(kept.versions, kept.load_models())
+        return engine
+
+    return make
 
 
 @pytest.fixture(scope="session")

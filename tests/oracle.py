@@ -1,7 +1,9 @@
 """The oracle of the engine: one request at a time, no cache, plain transformers and PEFT modules.
 
-Every token runs the whole sequence again: the target through the model's own forward, each assistant through
-model.borrowed with PEFT's own LoRA layers. Only the sampler is shared with the engine; it has its own oracle.
+Every token runs the whole sequence again: the target through the model's own forward, with PEFT where it carries an
+adapter; assistants that borrow through model.borrowed with PEFT's own LoRA layers; those with keys and values of their
+own as a PEFT model's own forward, cut off at their exit; separate models through theirs. Only the sampler is shared
+with the engine; it has its own oracle.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from uld_serve.model.borrowed import (
     target_pass,
     use_borrowed_attention,
 )
-from uld_serve.profiles.profile import ProfileVersion
+from uld_serve.profiles.profile import ProfileVersion, StreamSpec
 
 
 @dataclass
@@ -44,12 +46,16 @@ class Oracle:
         self.versions = {name: version for name, (_, version) in versions.items()}
         self.vocab_size = vocab_size
         self.control_ids = torch.tensor(control_ids)
-        self.assistants: dict[tuple[str, str], PeftModel] = {}
+        self.base_dir = base_dir
+        self.assistants: dict[tuple[str, str], torch.nn.Module] = {}
+        self.targets: dict[str, PeftModel] = {}
         for name, (folder, version) in versions.items():
             for stream in version.profile.streams:
-                base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
-                use_borrowed_attention(base)
-                self.assistants[name, stream.name] = PeftModel.from_pretrained(base, folder / stream.adapter)
+                source = base_dir if stream.model is None else Path(version.locate(stream.model))
+                adapter = None if stream.adapter is None else folder / stream.adapter
+                self.assistants[name, stream.name] = _load(source, adapter, borrows=stream.kv == "borrowed")
+            if version.profile.target_adapter is not None:
+                self.targets[name] = _load(base_dir, folder / version.profile.target_adapter, borrows=True)
 
     @torch.no_grad()
     def generate(
@@ -88,15 +94,19 @@ class Oracle:
         return scores
 
     def _logits(self, ids: list[int], profiles: list[str]) -> tuple[torch.Tensor, tuple[Term, ...]]:
-        rows = [self.target(torch.tensor([ids])).logits[0, -1]]
+        adapted = [self.targets[name] for name in profiles if name in self.targets]
+        target = adapted[0] if adapted else self.target
+        rows = [target(torch.tensor([ids])).logits[0, -1]]
         terms = []
         for name in profiles:
             version = self.versions[name]
             rule = version.profile.rule
+            if rule.kind == "identity":
+                continue
             seats = {}
             for stream in version.profile.streams:
                 seats[stream.name] = len(rows)
-                rows.append(self._assistant(name, stream.name, stream.fork, stream.exit, ids))
+                rows.append(self._assistant(name, stream, ids, adapted[0] if adapted else None))
             terms.append(
                 Term(
                     kind=rules.RULE_CODES[rule.kind],
@@ -110,23 +120,63 @@ class Oracle:
                     **{f"row_{role}": seats[stream] for role, stream in version.profile.roles.items()},
                 )
             )
-        return torch.stack(rows), tuple(terms)
+        # Heads are padded differently; what is beyond the vocabulary counts nowhere.
+        return torch.stack([row[: self.vocab_size] for row in rows]), tuple(terms)
 
-    def _assistant(self, profile: str, stream: str, fork: int, exit: int, ids: list[int]) -> torch.Tensor:
-        peft = self.assistants[profile, stream]
-        model = peft.get_base_model()
-        input_ids, positions = torch.tensor([ids]), torch.arange(len(ids))[None]
-        mask = causal_mask(torch.ones_like(input_ids), positions)
-        with peft.disable_adapter():
-            states = target_pass(
-                model, input_ids, positions_BQ=positions, mask_B1QT=mask, fork=fork, exit=exit
-            )
-        hidden = assistant_pass(
-            model,
-            states.fork_BQD,
-            states.keys_values,
-            positions_BQ=positions,
-            mask_B1QT=mask,
-            layers=range(fork, exit),
+    def _assistant(
+        self, profile: str, stream: StreamSpec, ids: list[int], adapted: PeftModel | None
+    ) -> torch.Tensor:
+        assistant = self.assistants[profile, stream.name]
+        if stream.model is not None:
+            return assistant(torch.tensor([ids])).logits[0, -1]
+        if stream.kv == "own":
+            return _own(assistant, stream, ids, adapted)
+        return _borrowing(assistant, stream, ids, adapted)
+
+
+def _load(source: Path, adapter: Path | None, *, borrows: bool) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    if borrows:
+        use_borrowed_attention(model)
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter)
+
+
+def _own(peft: PeftModel, stream: StreamSpec, ids: list[int], adapted: PeftModel | None) -> torch.Tensor:
+    """The adapter changes no layer before the fork, so below it the PEFT model's rows are the target's."""
+    parts = decoder_parts(peft.get_base_model())
+    below = decoder_parts((adapted or peft).get_base_model()).layers
+    seen: list[torch.Tensor] = []
+    own = list(parts.layers)
+    hook = own[stream.exit - 1].register_forward_hook(
+        lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    inner = peft.get_base_model().model
+    inner.layers = torch.nn.ModuleList([*below[: stream.fork], *own[stream.fork :]])
+    try:
+        peft(torch.tensor([ids]), use_cache=False)
+    finally:
+        inner.layers = torch.nn.ModuleList(own)
+        hook.remove()
+    return parts.head(parts.norm(seen[0].reshape(len(ids), -1)[-1]))
+
+
+def _borrowing(
+    peft: PeftModel, stream: StreamSpec, ids: list[int], adapted: PeftModel | None
+) -> torch.Tensor:
+    model = peft.get_base_model()
+    input_ids, positions = torch.tensor([ids]), torch.arange(len(ids))[None]
+    mask = causal_mask(torch.ones_like(input_ids), positions)
+    lender = model if adapted is None else adapted.get_base_model()
+    with peft.disable_adapter():
+        states = target_pass(
+            lender, input_ids, positions_BQ=positions, mask_B1QT=mask, fork=stream.fork, exit=stream.exit
         )
-        return decoder_parts(model).head(hidden[0, -1])
+    hidden = assistant_pass(
+        model,
+        states.fork_BQD,
+        states.keys_values,
+        positions_BQ=positions,
+        mask_B1QT=mask,
+        layers=range(stream.fork, stream.exit),
+    )
+    return decoder_parts(model).head(hidden[0, -1])

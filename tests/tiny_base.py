@@ -24,6 +24,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 BORROWED_MODULES = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL_MODULES = ["k_proj", "v_proj", *BORROWED_MODULES]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -56,10 +57,10 @@ def tiny_config(**changes: object) -> dict[str, object]:
     }
 
 
-def write_base(folder: Path, *, seed: int = 0) -> Path:
+def write_base(folder: Path, *, seed: int = 0, **changes: object) -> Path:
     """A model directory as `save_pretrained` leaves it. Weights are large enough for peaked distributions."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**tiny_config(initializer_range=0.25)))
+    model = LlamaForCausalLM(LlamaConfig(**tiny_config(initializer_range=0.25, **changes)))
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -77,21 +78,15 @@ def write_tiny_profile(
 ) -> ProfileVersion:
     """A profile with random PEFT adapters, one a stream; `streams` lists (name, fork, exit)."""
     adapters = {
-        name: _random_adapter(
-            folder.parent / f".peft-{folder.name}-{name}", base_dir, fork, exit, seed + i, rank
+        name: random_adapter(
+            folder.parent / f".peft-{folder.name}-{name}", base_dir, fork, exit, seed=seed + i, rank=rank
         )
         for i, (name, fork, exit) in enumerate(streams)
     }
     profile = Profile(
         name=folder.name,
         method="rkld",
-        base=BaseSpec(
-            id=base.id,
-            fingerprint=base.fingerprint,
-            tokenizer=base.tokenizer_hash,
-            vocab_size=base.vocab_size,
-            num_layers=base.num_layers,
-        ),
+        base=base_spec(base),
         streams=tuple(
             StreamSpec(name=name, fork=fork, exit=exit, kv="borrowed", adapter=name)
             for name, fork, exit in streams
@@ -101,13 +96,33 @@ def write_tiny_profile(
     return write_profile(folder, profile, adapters=adapters, probes=Probes(), training={"seed": seed})
 
 
-def _random_adapter(folder: Path, base_dir: Path, fork: int, exit: int, seed: int, rank: int) -> Path:
+def base_spec(base: Base) -> BaseSpec:
+    return BaseSpec(
+        id=base.id,
+        fingerprint=base.fingerprint,
+        tokenizer=base.tokenizer_hash,
+        vocab_size=base.vocab_size,
+        num_layers=base.num_layers,
+    )
+
+
+def random_adapter(
+    folder: Path,
+    base_dir: Path,
+    fork: int,
+    exit: int,
+    *,
+    seed: int,
+    rank: int = 4,
+    modules: list[str] = BORROWED_MODULES,
+) -> Path:
+    """A PEFT adapter on layers fork..exit-1 with both factors random, as save_pretrained writes it."""
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=BORROWED_MODULES,
+        target_modules=modules,
         layers_to_transform=list(range(fork, exit)),
         init_lora_weights=False,
         task_type="CAUSAL_LM",
