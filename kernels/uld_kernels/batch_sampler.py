@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf, isfinite, log, nan
+from math import inf, isfinite, log
 from typing import Literal
 
 import torch
@@ -19,11 +19,12 @@ from uld_kernels import reference, rules
 from uld_kernels.logit_groups import Found, LogitGroups, first_best, merged
 from uld_kernels.lottery import draw_few, draw_whole
 from uld_kernels.noise import Stream
-from uld_kernels.rows import LateRows, SampleRow, Term
+from uld_kernels.rows import LateRows, SampleRow
 
 # How much further down (nats) the next look goes when the tokens looked at are all hushed; it doubles each time.
 _FIRST_STEP = 4.0
 _BOUND_SLACK = 1e-3
+_LOWEST = torch.finfo(torch.float32).min
 
 _Way = Literal["greedy", "drawn", "hushed"]
 
@@ -54,11 +55,15 @@ class _Lane:
     best_id_N: torch.Tensor
 
     def of_rows(self, values: Sequence[float]) -> torch.Tensor:
-        """(N, 1) in the scores' dtype."""
-        return torch.tensor(values, dtype=self.best_N.dtype, device=self.best_N.device)[:, None]
+        """(N,) in the scores' dtype."""
+        return torch.tensor(values, dtype=self.best_N.dtype, device=self.best_N.device)
 
     def temperatures(self) -> torch.Tensor:
-        return self.of_rows([row.temperature for row in self.rows])
+        """(N, 1)."""
+        return self.of_rows([row.temperature for row in self.rows])[:, None]
+
+    def log_taus(self) -> torch.Tensor:
+        return self.of_rows([log(row.terms[0].tau) for row in self.rows])
 
     def stream(self) -> Stream:
         seeds, positions = [row.seed for row in self.rows], [row.position for row in self.rows]
@@ -118,43 +123,43 @@ def _lane(logits_RV: torch.Tensor, rows: Sequence[SampleRow], numbers: list[int]
 
 
 def _draw_hushed(lane: _Lane, logits_RV: torch.Tensor, late: LateRows | None, drawn: Drawn) -> None:
-    survivors, status_N = _survivors(lane, logits_RV, late)
-    token_N = draw_few(survivors, lane.stream(), temperature_N1=lane.temperatures())
+    fused, best_N, at_N = _within_reach(lane, logits_RV, late)
+    if any(row.temperature for row in lane.rows):
+        # NaN compares false and keeps its row from being empty.
+        kept = fused.where(~(fused.value_C < (best_N + lane.log_taus())[fused.row_C]))
+        token_N = draw_few(kept, lane.stream(), temperature_N1=lane.temperatures())
+    else:
+        token_N = fused.id_C[at_N]
     drawn.succeed(lane.numbers, token_N)
-    for number, status in zip(lane.numbers, status_N.tolist(), strict=True):
-        if status != rules.OK:
-            drawn.fail(number, status)
+    for number, best in zip(lane.numbers, best_N.tolist(), strict=True):
+        if not isfinite(best):
+            drawn.fail(number, rules.NOTHING_KEPT if best == -inf else rules.NUMERICAL)
 
 
-def _survivors(lane: _Lane, logits_RV: torch.Tensor, late: LateRows | None) -> tuple[Found, torch.Tensor]:
-    """What the fused filter leaves of each row, with fused scores, and each row's status.
+def _within_reach(
+    lane: _Lane, logits_RV: torch.Tensor, late: LateRows | None
+) -> tuple[Found, torch.Tensor, torch.Tensor]:
+    """Fused scores of all tokens that the fused filter could leave, and of each row the best and where it is.
 
     relu_difference raises no score, so that nothing further below the target's best token than the best fused score
     plus log tau can stay. That score is at least the best one of the tokens looked at so far: looks go down until
-    they have reached what it rules out.
+    they have reached what it rules out. NaN is the best of a row whose assistant is not finite.
     """
-    terms = [row.terms[0] for row in lane.rows]
-    log_tau_N = lane.of_rows([log(term.tau) for term in terms])[:, 0]
-    limit_N = lane.best_N + log_tau_N - _BOUND_SLACK
-    look = _Look(lane, terms, logits_RV, late)
+    look = _Look(lane, logits_RV, late)
+    distance_N = lane.log_taus() - _BOUND_SLACK
+    limit_N = lane.best_N + distance_N
     fused = look.fused(lane.groups.at_least(limit_N[:, None]))
     step = _FIRST_STEP
     while True:
-        best_N, _ = first_best(fused.value_C, fused.row_C, num_rows=len(terms))
-        lowest_N = (best_N + log_tau_N - _BOUND_SLACK).clamp_min(torch.finfo(limit_N.dtype).min)
+        best_N, at_N = first_best(fused.value_C, fused.row_C, num_rows=len(lane.rows))
+        lowest_N = (best_N + distance_N).clamp_min(_LOWEST)
         goes_on_N = lowest_N < limit_N
         if not goes_on_N.any():
-            break
+            return fused, best_N, at_N
         next_N = torch.where(goes_on_N, torch.maximum(lowest_N, limit_N - step), inf)
         further = lane.groups.at_least(next_N[:, None])
         fused = merged(fused, look.fused(further.where(further.value_C < limit_N[further.row_C])))
         limit_N, step = torch.minimum(next_N, limit_N), 2 * step
-    status_N = torch.where(
-        best_N.isnan(), rules.NUMERICAL, torch.where(best_N == -inf, rules.NOTHING_KEPT, rules.OK)
-    )
-    kept_from_N = torch.where(status_N == rules.OK, best_N + log_tau_N, -inf)
-    keep_C = ~(fused.value_C < kept_from_N[fused.row_C])
-    return fused.where(keep_C), status_N
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,26 +167,25 @@ class _Look:
     """Fuses tokens of the lane's rows with their assistants'."""
 
     lane: _Lane
-    terms: list[Term]
     logits_RV: torch.Tensor
     late: LateRows | None
 
     def fused(self, found: Found) -> Found:
         """NaN where the assistant is not finite."""
         a_C = self._assistant(found)
-        a_C = a_C.masked_fill(~a_C.isfinite(), nan)
-        strength_N = self.lane.of_rows([term.strength for term in self.terms])[:, 0]
+        a_C = a_C + (a_C - a_C)  # inf - inf is NaN
+        strength_N = self.lane.of_rows([row.terms[0].strength for row in self.lane.rows])
         s_C = reference.relu_difference(found.value_C, a_C, strength=strength_N[found.row_C])
         return Found(found.row_C, found.id_C, s_C)
 
     def _assistant(self, found: Found) -> torch.Tensor:
-        device = found.id_C.device
-        row_C = torch.tensor([term.row_a for term in self.terms], device=device)[found.row_C]
+        row_a = [row.terms[0].row_a for row in self.lane.rows]
+        row_C = torch.tensor(row_a, device=found.id_C.device)[found.row_C]
         num_rows = self.logits_RV.shape[0]
         if self.late is None:
             return self.logits_RV[row_C, found.id_C].float()
         a_C = self.late.scores_each((row_C - num_rows).clamp_min(0), found.id_C)
-        if min(term.row_a for term in self.terms) >= num_rows:
+        if min(row_a) >= num_rows:
             return a_C
         whole_C = self.logits_RV[row_C.clamp_max(num_rows - 1), found.id_C].float()
         return torch.where(row_C < num_rows, whole_C, a_C)

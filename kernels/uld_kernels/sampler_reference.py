@@ -44,7 +44,7 @@ def sample(
         except RowFailure as failure:
             table.fail(index, failure.status)
     tokens = [quick.tokens.get(index, -1) for index in range(len(rows))]
-    drawn = draw([lot for _, lot in found.values()])
+    drawn = draw([lot for _, lot in found.values()]) if found else []
     for (index, (fused, _)), token in zip(found.items(), drawn, strict=True):
         tokens[index] = token
         if rows[index].is_measured or rows[index].num_logprobs:
