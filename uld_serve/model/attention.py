@@ -73,8 +73,7 @@ def _attend_group(
         scale=heads.scaling,
         enable_gqa=not group.same_position,
     )
-    # The CPU's kernel lays its result out with heads after queries, so nothing is copied here.
-    out_XD = out.transpose(1, 2).reshape(-1, heads.head_dim)
+    out_XD = out.reshape(-1, heads.head_dim)
     out_PX = out_XD.index_select(0, seats.back).view(-1, heads.num_heads * heads.head_dim)
     return out_PX, seats.target_P
 

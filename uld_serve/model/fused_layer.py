@@ -57,8 +57,9 @@ class RootMeanSquare:
         self._floor = torch.tensor((width * eps) ** 0.5, device=weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).hypot_(self._floor)
-        return torch.mul(x / norm, self._weight, out=torch.empty_like(x))
+        wide = x.float() if x.dtype != torch.float32 else x.clone()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).hypot_(self._floor)
+        return wide.div_(norm).mul_(self._weight).to(x.dtype)
 
 
 class FusedLayer(nn.Module):
@@ -103,8 +104,8 @@ class FusedLayer(nn.Module):
         qkv_NX = self.qkv(self.attention_norm(hidden_ND))
         self._prepare(qkv_NX, position_embeddings)
         hidden_ND = self.out(attend(self.index, qkv_NX, geometry, self.heads), hidden_ND)
-        gate_NI, up_NI = self.gate_up(self.mlp_norm(hidden_ND)).tensor_split(2, dim=-1)
-        return self.down(F.silu(gate_NI).mul_(up_NI), hidden_ND)[None]
+        gate_up_NX, width = self.gate_up(self.mlp_norm(hidden_ND)), self.gate_up.sizes[0]
+        return self.down(F.silu(gate_up_NX[:, :width]).mul_(gate_up_NX[:, width:]), hidden_ND)[None]
 
     def _prepare(self, qkv_NX: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Norm and rotate queries and keys in place (arXiv 2104.09864, Eq. 34, in Hugging Face's half-split order)."""

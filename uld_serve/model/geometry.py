@@ -27,7 +27,7 @@ class Seats:
     """Where a group's queries come from and go to, head by head. `take`: heads of the layer's rows (query, key and
     value side by side) that fill a query of `shape`: (S, K, X) where queries join over each key/value head, else
     (S, H, Q).
-    `back`: of the result (S, X, K) or (S, Q, H), the heads of the rows target_P."""
+    `back`: of the result, in the same shape, the heads of the rows target_P."""
 
     shape: tuple[int, int, int]
     take: torch.Tensor
@@ -96,7 +96,7 @@ class SequenceGroup:
         sequence_P, query_P = source_P // Q, source_P % Q
         head_H = torch.arange(num_heads, device=device)
         column_PH = query_P[:, None] * G + head_H % G
-        back_PH = (sequence_P[:, None] * X + column_PH) * num_kv_heads + head_H // G
+        back_PH = (sequence_P[:, None] * num_kv_heads + head_H // G) * X + column_PH
         return Seats((S, num_kv_heads, X), take_SKX.flatten(), back_PH.flatten(), target_P)
 
     def _apart(self, num_heads: int, num_kv_heads: int) -> Seats:
@@ -105,7 +105,8 @@ class SequenceGroup:
         first_SQ = self.rows_SQ * (num_heads + 2 * num_kv_heads)
         take_SHQ = first_SQ[:, None, :] + head_H[None, :, None]
         source_P, target_P = self._moves()
-        back_PH = source_P[:, None] * num_heads + head_H
+        sequence_P, query_P = source_P // Q, source_P % Q
+        back_PH = (sequence_P[:, None] * num_heads + head_H) * Q + query_P[:, None]
         return Seats((S, num_heads, Q), take_SHQ.flatten(), back_PH.flatten(), target_P)
 
     def _moves(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -102,6 +102,7 @@ class LoraDelta:
         self.places: dict[int, int] = {}
         self.A_PIX = torch.zeros(0, in_features, 0, dtype=self.dtype, device=device)
         self.B_PrO: dict[int, torch.Tensor] = {}
+        self._filled_CI = torch.zeros(ROWS_MULTIPLE, in_features, dtype=self.dtype, device=device)
         self._offsets = [0, *accumulate(self.sizes)]
         self._loaded: dict[int, tuple[int, tuple[int, ...]]] = {}  # slot -> rank and parts
         self._views: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
@@ -122,13 +123,22 @@ class LoraDelta:
     def _add_group(self, y_NO: torch.Tensor, x_NI: torch.Tensor, group: Group) -> None:
         A_IX, parts_B_rO = self._view(group.slot)
         first, end = self.rows.start + group.first, self.rows.start + group.end
-        x_CI, offset = _rows_filled(x_NI, first, end)
-        shrunk_CX = x_CI.to(self.dtype) @ A_IX
+        x_CI = self._filled(x_NI, first, end)
+        shrunk_CX = torch.mm(x_CI, A_IX)
         y_CO = y_NO[first:end]
         for number, (part, B_rO) in enumerate(zip(self.parts, parts_B_rO, strict=True)):
             low = number * self.rank
-            delta_CO = (shrunk_CX[:, low : low + self.rank] if len(self.parts) > 1 else shrunk_CX) @ B_rO
-            self._columns(y_CO, part).add_(delta_CO[offset : offset + end - first])
+            own_Cr = shrunk_CX[:, low : low + self.rank] if len(self.parts) > 1 else shrunk_CX
+            self._columns(y_CO, part).add_(torch.mm(own_Cr, B_rO)[first - end :])
+
+    def _filled(self, x_NI: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """Rows [first, end) in the deltas' dtype, as the last of a multiple of rows. What fills up are the rows
+        before them, or, where there are too few, whatever an earlier call has left; nothing of it is read back."""
+        width = _filled(end - first)
+        if end >= width:
+            return x_NI[end - width : end].to(self.dtype)
+        self._filled_CI[first - end :].copy_(x_NI[first:end])
+        return self._filled_CI
 
     def _add_batched(self, y_NO: torch.Tensor, x_NI: torch.Tensor) -> None:
         rows = self.rows
@@ -263,13 +273,3 @@ class LoraLinear(nn.Module):
 
 def _filled(count: int) -> int:
     return -(-count // ROWS_MULTIPLE) * ROWS_MULTIPLE
-
-
-def _rows_filled(x_NI: torch.Tensor, first: int, end: int) -> tuple[torch.Tensor, int]:
-    """Rows [first, end) among a multiple of rows, and how many come before them. What fills up are the rows before,
-    or, where there are too few, copies of the first."""
-    width = _filled(end - first)
-    if end >= width:
-        return x_NI[end - width : end], width - (end - first)
-    x_CI = x_NI[first:end]
-    return torch.cat([x_NI[first : first + 1].expand(width - (end - first), -1), x_CI]), width - (end - first)
