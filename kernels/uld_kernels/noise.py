@@ -58,7 +58,8 @@ def group_noise(groups: torch.Tensor, stream: Stream) -> tuple[torch.Tensor, tor
     It is Gumbel with location log(GROUP_SIZE), as the maximum of so many is, and any member is as likely to have
     it. Counter = (group, position, 1, 0).
     """
-    return _highest(*_words(groups, stream, domain=_domain(1, groups)))
+    first, second = _words(groups, stream, domain=_domain(1, groups))
+    return _highest(_exponential(first), second)
 
 
 def gumbel_noise(token_ids: torch.Tensor, stream: Stream) -> torch.Tensor:
@@ -75,8 +76,9 @@ def gumbel_noise(token_ids: torch.Tensor, stream: Stream) -> torch.Tensor:
     both = torch.stack([ids >> GROUP_BITS, ids])
     domain = torch.tensor([1, 0], device=ids.device).view(2, *(1,) * ids.ndim)
     first, second = _words(both, stream, domain=domain)
-    highest, member = _highest(first[0], second[0])
-    return _below(ids, first[1], highest=highest, member=member)
+    sizes = _exponential(first)
+    highest, member = _highest(sizes[0], second[0])
+    return _below(ids, sizes[1], highest=highest, member=member)
 
 
 def noise_below(
@@ -84,7 +86,7 @@ def noise_below(
 ) -> torch.Tensor:
     """gumbel_noise of tokens whose group's noise is known."""
     word, _ = _words(token_ids, stream, domain=_domain(0, token_ids))
-    return _below(token_ids, word, highest=highest, member=member)
+    return _below(token_ids, _exponential(word), highest=highest, member=member)
 
 
 def group_and_token_noise(
@@ -96,21 +98,22 @@ def group_and_token_noise(
     domain = torch.ones(num_groups + 1, dtype=torch.int64, device=ids.device)
     domain[-1] = 0
     first, second = _words(ids, stream, domain=domain)
-    highest_NG, member_NG = _highest(first[:, :-1], second[:, :-1])
+    sizes = _exponential(first)
+    highest_NG, member_NG = _highest(sizes[:, :-1], second[:, :-1])
     group_N1 = token_N[:, None] >> GROUP_BITS
     own = {"highest": highest_NG.gather(1, group_N1), "member": member_NG.gather(1, group_N1)}
-    return highest_NG, member_NG, _below(token_N[:, None], first[:, -1:], **own)[:, 0]
+    return highest_NG, member_NG, _below(token_N[:, None], sizes[:, -1:], **own)[:, 0]
 
 
-def _highest(size_word: torch.Tensor, member_word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return log(GROUP_SIZE) - _exponential(size_word).log(), member_word & (GROUP_SIZE - 1)
+def _highest(size: torch.Tensor, member_word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return log(GROUP_SIZE) - size.log(), member_word & (GROUP_SIZE - 1)
 
 
 def _below(
-    token_ids: torch.Tensor, word: torch.Tensor, *, highest: torch.Tensor, member: torch.Tensor
+    token_ids: torch.Tensor, size: torch.Tensor, *, highest: torch.Tensor, member: torch.Tensor
 ) -> torch.Tensor:
     # P(g <= x | g <= h) = exp(e^-h - e^-x), solved for x.
-    below = torch.minimum(-((-highest).exp() + _exponential(word)).log(), highest)
+    below = torch.minimum(-((-highest).exp() + size).log(), highest)
     return torch.where((token_ids & (GROUP_SIZE - 1)) == member, highest, below).to(torch.float32)
 
 
