@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 import h11
@@ -30,10 +31,23 @@ class RequestFailed(Exception):
 
 @dataclass(slots=True)
 class Streamed:
-    """`event_times` (of time.perf_counter) are those of events with text; the others carry only usage."""
+    """`event_times` (of time.perf_counter) are those of events with text; the others carry only usage. `event_tokens`
+    are the tokens drawn up to each: a server holds text back that may still change, and sends it with a later token's.
+    """
 
     event_times: list[float] = field(default_factory=list)
+    event_tokens: list[int] = field(default_factory=list)
     completion_tokens: int = 0
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Seconds a token, between one event and the next, as often as the later one brings tokens."""
+        gaps: list[float] = []
+        events = list(zip(self.event_times, self.event_tokens, strict=True))
+        for (before, known), (after, tokens) in pairwise(events):
+            new = max(tokens - known, 1)
+            gaps += [(after - before) / new] * new
+        return gaps
 
 
 async def stream_completion(url: str, body: Mapping[str, object], headers: Mapping[str, str]) -> Streamed:
@@ -49,10 +63,13 @@ async def stream_completion(url: str, body: Mapping[str, object], headers: Mappi
             event = json.loads(line.removeprefix(b"data: "))
             if "error" in event:
                 raise RequestFailed("error event", str(event["error"])[:200])
-            if event.get("choices"):
-                streamed.event_times.append(time.perf_counter())
             if event.get("usage"):
                 streamed.completion_tokens = int(event["usage"]["completion_tokens"])
+            if event.get("choices"):
+                streamed.event_times.append(time.perf_counter())
+                # A server that does not count as it goes sends one token an event, as far as anybody can tell.
+                tokens = streamed.completion_tokens if event.get("usage") else len(streamed.event_times)
+                streamed.event_tokens.append(tokens)
     if not is_done or not streamed.event_times:
         raise RequestFailed("broken stream", f"{len(streamed.event_times)} events and no [DONE]")
     return streamed

@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from uld_serve.bench.http_stream import RequestFailed, Streamed, stream_completion
 
@@ -51,7 +50,7 @@ class Load:
             "ignore_eos": True,
             "temperature": 0,
             "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
 
 
@@ -73,8 +72,7 @@ class Record:
     @property
     def gaps_s(self) -> list[float]:
         assert self.streamed is not None
-        times = self.streamed.event_times
-        return [after - before for before, after in pairwise(times)]
+        return self.streamed.gaps_s
 
     @property
     def total_s(self) -> float:

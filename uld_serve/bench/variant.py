@@ -42,9 +42,8 @@ class Variant:
         held = pools.target.num_held * pools.block_size * self.kv_bytes_per_token
         own = pools.by_name.get(OWN_POOL)
         if own is not None and own.num_held:
-            cache = self.engine.runner.own
-            assert cache is not None, "held blocks are some cache's"
-            held += own.num_held * sum(pool.nbytes for pool in cache.pools_S2HD) // cache.num_blocks
+            decoder, layers = self.engine.runner.decoder, self.engine.planner.own_layers
+            held += own.num_held * own.block_size * decoder.cache_bytes_per_token(layers)
         return held
 
     def fill(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
