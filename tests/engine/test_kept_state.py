@@ -14,6 +14,7 @@ from tiny_base import Tiny, byte_tokenizer
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import OWN_POOL, TARGET_POOL, Applied, Decision
 from uld_serve.engine.request import Delta, SamplingParams
+from uld_serve.engine.scheduler import Scheduler
 from uld_serve.errors import InvalidRequest, Overloaded, ProfileError, ProfileMismatch, PromptTooLong
 from uld_serve.model.loading import Base, load_base
 from uld_serve.profiles.profile import ProfileVersion
@@ -157,8 +158,13 @@ def test_a_tenth_of_the_memory_in_every_pool_gives_the_same_tokens(
 
 
 def test_when_a_pool_runs_short_only_those_who_hold_some_of_it_give_way(
-    kept: Kept, make_kept_engine: MakeEngine
+    kept: Kept, make_kept_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gave_way: list[str] = []
+    preempt = Scheduler._preempt
+    monkeypatch.setattr(
+        Scheduler, "_preempt", lambda self, one: gave_way.append(one.request_id) or preempt(self, one)
+    )
     engine = make_kept_engine(block_size=4, own_kv_bytes=64 * 512)
     for name, decision in (
         ("old", forgetting(kept, "own-late")),
@@ -166,13 +172,8 @@ def test_when_a_pool_runs_short_only_those_who_hold_some_of_it_give_way(
         ("plain", Decision.base()),
     ):
         engine.add(name, PROMPT[:20], greedy(40), decision)
-    waited: set[str] = set()
-    while engine.has_work:
-        engine.step()
-        engine.check_integrity()
-        waited |= {sequence.request_id for sequence in engine.scheduler.waiting}
-    assert engine.scheduler.num_preemptions > 0
-    assert waited == {"new"}, "neither the older one nor the one that holds nothing there"
+    finish(engine)
+    assert set(gave_way) == {"new"}, "neither the older one nor the one that holds nothing there"
 
 
 def test_a_sequence_is_no_longer_than_its_lanes_can_get(kept: Kept, make_kept_engine: MakeEngine) -> None:
