@@ -18,8 +18,9 @@ SMALLEST_TEMPERATURE = 1e-5
 """Below it scores / temperature leave fp32's range, and every gap that fp32 can tell is a certainty anyway."""
 
 
-# Rows of the head that LateRows copies at once: their fp32 copies stay in a core's cache.
-_TOKENS_AT_ONCE = 512
+# Of the head, LateRows copies so many values at once. Measured at 1,500 rows of 576: 0.5 ms, and 4 ms at four times as
+# many, when each copy is memory that the kernel has to hand out anew.
+_VALUES_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,24 +165,23 @@ class LateRows:
     bias_W: torch.Tensor | None = None
 
     def scores(self, index: int, ids_K: torch.Tensor) -> torch.Tensor:
-        """fp32 logits of row `index` on some tokens: the same products as the whole head's, summed in fp32."""
+        """fp32 logits of row `index` on some tokens: scores_each of one row."""
         return self.scores_each(torch.full_like(ids_K, index), ids_K)
 
     def scores_each(self, index_C: torch.Tensor, ids_C: torch.Tensor) -> torch.Tensor:
-        """fp32 logits of row index_C[i] on token ids_C[i].
+        """fp32 logits of row index_C[i] on token ids_C[i]: the same products as the whole head's, summed in fp32.
 
         Every sum is taken by itself, not by a matrix product: those sum in an order that hangs on what else is asked
         for, so that a request would not get the same bits beside others.
         """
-        hidden_AD = self.hidden_AD.float()
-        starts = range(0, max(ids_C.shape[0], 1), _TOKENS_AT_ONCE)
-        pieces = [slice(start, start + _TOKENS_AT_ONCE) for start in starts]
-        sums = [self._products(hidden_AD, index_C[piece], ids_C[piece]).sum(-1) for piece in pieces]
-        return self._finish(sums[0] if len(sums) == 1 else torch.cat(sums), ids_C)
-
-    def _products(self, hidden_AD: torch.Tensor, index_P: torch.Tensor, ids_P: torch.Tensor) -> torch.Tensor:
-        weight_PD = self.weight_WD.index_select(0, ids_P).float()
-        return weight_PD.mul_(hidden_AD.index_select(0, index_P))
+        hidden_AD, count = self.hidden_AD.float(), ids_C.shape[0]
+        at_once = max(1, _VALUES_AT_ONCE // hidden_AD.shape[1])
+        sums = []
+        for start in range(0, max(count, 1), at_once):
+            piece = slice(start, start + at_once)
+            weight_PD = self.weight_WD.index_select(0, ids_C[piece]).float()
+            sums.append(weight_PD.mul_(hidden_AD.index_select(0, index_C[piece])).sum(-1))
+        return self._finish(sums[0] if count <= at_once else torch.cat(sums), ids_C)
 
     def all_scores(self) -> torch.Tensor:
         """(A, W) fp32."""

@@ -14,6 +14,7 @@ import torch
 from uld_kernels import reference, rules
 from uld_kernels.batch_sampler import sample_batch
 from uld_kernels.fusion import Fused, RowFailure, Streams, fuse
+from uld_kernels.logit_groups import true_indices
 from uld_kernels.lottery import Lot, draw
 from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput
 
@@ -39,7 +40,8 @@ def sample(
         if index in quick.tokens:
             continue
         try:
-            fused = fuse(streams, row, protected_ids=protected_ids)
+            is_measured = row.is_measured or row.num_logprobs > 0 or row.repetition_penalty != 1.0
+            fused = fuse(streams, row, protected_ids=protected_ids, is_measured=is_measured)
             found[index] = fused, truncate(fused, row, vocab_size=vocab_size)
         except RowFailure as failure:
             table.fail(index, failure.status)
@@ -121,7 +123,7 @@ class _Table:
 def truncate(fused: Fused, row: SampleRow, *, vocab_size: int) -> Lot:
     """Penalties and bias, then greedy, or temperature, top-k, top-p and min-p: what is left to draw from."""
     scores_K = penalize(fused, row, vocab_size=vocab_size)
-    if not isfinite(scores_K.sum().item()):
+    if not (isfinite(scores_K.amin().item()) and isfinite(scores_K.amax().item())):
         raise RowFailure(rules.NUMERICAL)
     if row.temperature == 0.0:
         best = scores_K.argmax()[None]
@@ -176,7 +178,7 @@ def nucleus_indices(z_K: torch.Tensor, row: SampleRow) -> torch.Tensor | None:
         chosen = _top_p(z_K, row.top_p) if chosen is None else chosen[_top_p(z_K[chosen], row.top_p)]
     if row.min_p > 0.0:
         lowest = z_K.max() + log(row.min_p)
-        chosen = (z_K >= lowest).nonzero()[:, 0] if chosen is None else chosen[z_K[chosen] >= lowest]
+        chosen = true_indices(z_K >= lowest) if chosen is None else chosen[z_K[chosen] >= lowest]
     return None if chosen is None else chosen.sort().values
 
 
