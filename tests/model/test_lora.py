@@ -93,6 +93,27 @@ def test_many_adapters_in_one_batch_give_what_each_gives_alone(seats: list[int])
     assert torch.equal(got[:3], torch.zeros(3, 5))
 
 
+@pytest.mark.parametrize("counts", [[1], [3], [6], [62, 1], [61, 1, 1, 1, 1, 2], [1, 1, 1, 50, 1, 1]])
+def test_prompts_that_carry_adapters_from_the_first_row_on(counts: list[int]) -> None:
+    it = bank()
+    deltas = [adapter(number, 2) for number in range(len(counts))]
+    slots = [it.acquire(str(number), always(delta)) for number, delta in enumerate(deltas)]
+    numbers = [number for number, count in enumerate(counts) for _ in range(count)]
+    x = torch.randn(len(numbers), 6)
+    got = run(it, x, start=0, slots=[slots[number] for number in numbers])
+    expected = torch.stack([deltas[number].of(x[row]) for row, number in enumerate(numbers)])
+    torch.testing.assert_close(got, expected)
+
+
+def test_rows_between_without_an_adapter_are_left_alone() -> None:
+    it, x = bank(), torch.randn(5, 6)
+    delta = adapter(1, 2)
+    slot = it.acquire("a", always(delta))
+    got = run(it, x, start=0, slots=[slot, -1, -1, slot, slot])
+    assert torch.equal(got[1:3], torch.zeros(2, 5))
+    torch.testing.assert_close(got[[0, 3, 4]], delta.of(x[[0, 3, 4]]))
+
+
 def test_an_adapter_without_a_delta_in_this_layer_leaves_it_alone() -> None:
     it = bank()
     here = [adapter(number, 2) for number in range(6)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from uld_serve.model.packed_linear import PackedLinear
@@ -22,6 +23,8 @@ from uld_serve.model.packed_linear import PackedLinear
 ROWS_MULTIPLE = 4
 # More adapters than this in one batch are applied by batched products; up to here a loop is faster.
 LOOPED_GROUPS = 4
+# Batched products fill every group up to the widest. Not where one group's prompt stands beside others' single rows.
+LARGEST_FILL = 4
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A (r, I) and B (O, r) of one linear layer, the adapter's scaling already in B."""
@@ -49,11 +52,12 @@ class LoraRows:
     slots: tuple[int, ...] = ()
     seats_GC: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     back_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    is_batched: bool = False
     _seated: tuple[int, ...] | None = None
     _groups: tuple[Group, ...] = ()
 
     def seat(self, start: int, slots: Sequence[int], device: torch.device) -> None:
-        """The rows from `start` on have these slots, equal ones side by side."""
+        """The rows from `start` on have these slots, equal ones side by side; a slot that no adapter has is none."""
         self.start = start
         if self._seated == tuple(slots):  # a decode step mostly looks like the one before
             self.groups = self._groups
@@ -67,6 +71,9 @@ class LoraRows:
         self.groups = self._groups = tuple(groups)
         self.slots = tuple(group.slot for group in groups)
         width = _filled(max((group.end - group.first for group in groups), default=0))
+        self.is_batched = len(groups) > LOOPED_GROUPS and len(groups) * width <= LARGEST_FILL * len(slots)
+        if not self.is_batched:
+            return
         # Padding repeats a group's first row; what it gives is not read back.
         seats = [[min(group.first + c, group.end - 1) for c in range(width)] for group in groups]
         back = [g * width + c for g, group in enumerate(groups) for c in range(group.end - group.first)]
@@ -113,7 +120,7 @@ class LoraDelta:
         rows = self.rows
         if not rows.groups or not self.places:
             return
-        if len(rows.groups) > LOOPED_GROUPS and all(slot in self.places for slot in rows.slots):
+        if rows.is_batched and all(slot in self.places for slot in rows.slots):
             self._add_batched(y_NO, x_NI)
         else:
             for group in rows.groups:
@@ -137,6 +144,8 @@ class LoraDelta:
         width = _filled(end - first)
         if end >= width:
             return x_NI[end - width : end].to(self.dtype)
+        if width > ROWS_MULTIPLE:  # the target's own rows carry the adapter, from the first on
+            return F.pad(x_NI[first:end].to(self.dtype), (0, 0, first - end + width, 0))
         self._filled_CI[first - end :].copy_(x_NI[first:end])
         return self._filled_CI
 
