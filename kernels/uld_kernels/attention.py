@@ -6,6 +6,8 @@ P slots of a pool, B blocks of a context, C tokens of a context, X rows of a seq
 
 from __future__ import annotations
 
+from math import inf, nan
+
 import torch
 
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -78,25 +80,36 @@ def reference(
     window: int | None,
     out_NHD: torch.Tensor,
 ) -> None:
-    """The definition, one sequence after the other: softmax(scale * q kᵀ) v. Waits for the device; fp32, or fp64
-    for fp64 queries."""
+    """The definition: softmax(scale * q kᵀ) v over the tokens that a sequence sees. Gathers whole contexts; fp32, or
+    fp64 for fp64 queries."""
     dtype = torch.promote_types(query_NHD.dtype, torch.float32)
-    H, D = query_NHD.shape[1:]
-    K, capacity = keys_PKD.shape[1], blocks_SB.shape[1] * block_size
+    (S, Q), (N, H, D), K = rows_SQ.shape, query_NHD.shape, keys_PKD.shape[1]
     offsets = torch.arange(block_size, device=blocks_SB.device)
-    for rows_Q, blocks_B, length in zip(rows_SQ, blocks_SB, lengths_S.tolist(), strict=True):
-        rows = rows_Q[rows_Q >= 0]
-        if length == 0 or length > capacity:
-            out_NHD[rows] = 0 if length == 0 else torch.nan
-            continue
-        first = 0 if window is None else max(length - window, 0)
-        slots_C = (blocks_B[:, None] * block_size + offsets).flatten()[first:length]
-        keys_KCD = keys_PKD[slots_C].to(dtype).transpose(0, 1)
-        values_KCD = values_PKD[slots_C].to(dtype).transpose(0, 1)
-        query_KXD = query_NHD[rows].to(dtype).view(-1, K, H // K, D).transpose(0, 1).flatten(1, 2)
-        weights_KXC = torch.softmax(query_KXD @ keys_KCD.transpose(1, 2) * scale, dim=-1)
-        out_QHD = (weights_KXC @ values_KCD).view(K, -1, H // K, D).transpose(0, 1).reshape(-1, H, D)
-        out_NHD[rows] = out_QHD.to(out_NHD.dtype)
+    slots_SC = (blocks_SB[..., None] * block_size + offsets).flatten(1)
+    context_C, lengths_S1 = torch.arange(slots_SC.shape[1], device=slots_SC.device), lengths_S[:, None]
+    is_seen_SC = context_C < lengths_S1
+    if window is not None:
+        is_seen_SC &= context_C >= lengths_S1 - window
+
+    def seen_SKCD(pool_PKD: torch.Tensor) -> torch.Tensor:
+        # Replaced, not multiplied by 0: what lies past the end may be NaN.
+        found_SCKD = pool_PKD[slots_SC].to(dtype).masked_fill(~is_seen_SC[..., None, None], 0)
+        return found_SCKD.transpose(1, 2)
+
+    query_SQHD = query_NHD[rows_SQ.clamp_min(0)].to(dtype)
+    query_SKXD = query_SQHD.view(S, Q, K, H // K, D).transpose(1, 2).flatten(2, 3)
+    scores_SKXC = query_SKXD @ seen_SKCD(keys_PKD).transpose(2, 3) * scale
+    scores_SKXC = scores_SKXC.masked_fill(~is_seen_SC[:, None, None], -inf)
+    out_SKXD = torch.softmax(scores_SKXC, dim=-1) @ seen_SKCD(values_PKD)
+    out_SQHD = out_SKXD.view(S, K, Q, H // K, D).transpose(1, 2).reshape(S, Q, H, D)
+    out_SQHD = out_SQHD.masked_fill((lengths_S == 0)[:, None, None, None], 0)
+    out_SQHD = out_SQHD.masked_fill((lengths_S > slots_SC.shape[1])[:, None, None, None], nan)
+    # Rows that are not there are written to one that nobody sees.
+    at_P = torch.where(rows_SQ < 0, N, rows_SQ).flatten().long()
+    wide_NHD = torch.cat([out_NHD, out_NHD[:1]]).index_copy_(
+        0, at_P, out_SQHD.flatten(0, 1).to(out_NHD.dtype)
+    )
+    out_NHD.copy_(wide_NHD[:N])
 
 
 def _check(

@@ -127,7 +127,8 @@ def _decode_attention_kernel(
 ):  # fmt: skip
     """One chunk of one sequence's context for up to BLOCK_X of its rows at one key/value head."""
     tile, chunk_index = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
-    kv_head, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    # int64: offsets into a pool overflow int32 from 2,097,152 slots of 8 heads of 128 on, in either layout.
+    kv_head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     given = tl.load(lengths_ptr + sequence).to(tl.int32)
     length = tl.minimum(given, num_blocks * BLOCK_SIZE)
     first, chunk = _span(length, WINDOW, BLOCK_N)
@@ -159,7 +160,6 @@ def _decode_attention_kernel(
         if WINDOW > 0:
             is_visible = is_visible & (n >= length - WINDOW)
         block = tl.load(blocks_ptr + sequence * num_blocks + n // BLOCK_SIZE, mask=is_visible, other=0)
-        # int64: slot * stride overflows int32 from 2,097,152 slots on at 8 heads of 128.
         slot = block.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
         at_ND = slot[:, None] * pool_stride_slot + kv_head * pool_stride_head + d[None, :]
         # Slots past the end may hold anything, NaN too: they are not loaded, since 0 * NaN would show.

@@ -81,6 +81,11 @@ def test_recorded_steps_give_the_tokens_of_eager_ones(
     assert graphs.num_recorded >= 2
 
 
+def pools(cache: KVCache) -> list[torch.Tensor]:
+    """Keys and values of every layer, slot by slot."""
+    return [*cache.keys_SHD, *cache.values_SHD]
+
+
 class Step:
     """Rows of three sequences in one step, with room in a cache of their own."""
 
@@ -99,7 +104,7 @@ class Step:
             device=torch.device("cpu"),
         )
         generator = torch.Generator().manual_seed(0)
-        for pool in self.cache.pools_S2HD:
+        for pool in pools(self.cache):
             pool.copy_(torch.randn(pool.shape, generator=generator))
         self.graphs = DecodeGraphs(self.decoder, self.cache, record, scratch_block=NUM_BLOCKS - 1, max_rows=8)
 
@@ -149,9 +154,9 @@ def test_the_engine_knows_nothing_of_the_scratch_block(engine: Engine) -> None:
 
 def test_padding_writes_to_the_scratch_block_alone(step: Step) -> None:
     rows = step.rows()
-    before = [pool.clone() for pool in step.cache.pools_S2HD]
+    before = [pool.clone() for pool in pools(step.cache)]
     step.recorded(rows)
-    for old, new in zip(before, step.cache.pools_S2HD, strict=True):
+    for old, new in zip(before, pools(step.cache), strict=True):
         changed = (old != new).flatten(1).any(1).nonzero().flatten().tolist()
         scratch = range((NUM_BLOCKS - 1) * BLOCK_SIZE, NUM_BLOCKS * BLOCK_SIZE)
         assert sorted(set(changed) - set(scratch)) == sorted(rows.slots_T.tolist())
@@ -161,7 +166,7 @@ def test_padding_writes_to_the_scratch_block_alone(step: Step) -> None:
 def test_what_the_scratch_block_holds_reaches_no_row(step: Step) -> None:
     rows = step.rows()
     expected = step.recorded(rows).clone()
-    for pool in step.cache.pools_S2HD:
+    for pool in pools(step.cache):
         pool[-BLOCK_SIZE:] = torch.nan
     assert torch.equal(step.recorded(rows), expected)
 
@@ -252,6 +257,30 @@ def test_a_step_that_cannot_be_recorded_is_tried_once(engine: Engine, tiny: Tiny
     step = Step(engine, tiny, record=record)
     assert [step.graphs.try_run(step.rows()) for _ in range(5)] == [None] * 5
     assert len(tried) == 1
+
+
+class _Off(RecordedRun):
+    """A recording that does not do what was recorded."""
+
+    def replay(self) -> None:
+        super().replay()
+        self.result[0, 0] += 100
+
+
+def test_a_recording_that_gives_something_else_is_not_used(
+    engine: Engine, tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = Step(engine, tiny, record=_Off)
+    assert [step.graphs.try_run(step.rows()) for _ in range(4)] == [None] * 4
+    assert caplog.text.count("is not used") == 1
+
+
+def test_nan_in_one_sequence_keeps_a_step_from_being_recorded_and_nothing_else(step: Step) -> None:
+    """NaN is no reason to trust a recording; the decoder runs the step and its sampler ends that request."""
+    for pool in pools(step.cache):
+        pool[3 * BLOCK_SIZE] = torch.nan
+    assert [step.graphs.try_run(step.rows()) for _ in range(3)] == [None] * 3
+    assert step.graphs.try_run(step.rows(on=())) is None
 
 
 def test_the_oldest_graph_makes_room(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from uld_serve.errors import InvalidRequest
+from uld_serve.model import attention_backends
 from uld_serve.model.attention import Heads, attend
 from uld_serve.model.attention_backends import choose, paged_decode
 from uld_serve.model.geometry import Geometry, SequenceGroup
@@ -18,10 +19,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were a CUDA device of this kind; nothing is run on it."""
+    """As if there were a CUDA device of this kind; the trial runs in plain torch on the CPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    trial = attention_backends._gap
+    monkeypatch.setattr(attention_backends, "_gap", lambda device, *shape: trial(CPU, *shape))
 
 
 def test_a_cpu_has_torchs_attention() -> None:
@@ -66,6 +69,27 @@ def test_an_old_gpu_and_a_missing_package_are_told_apart(
         choose(CUDA, torch.bfloat16, block_size=16, head_dim=128, name="triton")
 
 
+@pytest.mark.parametrize("error", [None, RuntimeError("no kernel image")])
+def test_a_kernel_that_fails_its_trial_is_not_used(
+    on_a_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception | None,
+) -> None:
+    honest = attention_backends.decode_attention
+
+    def wrong(*pools: torch.Tensor, **tables: object) -> torch.Tensor:
+        if error is not None:
+            raise error
+        return honest(*pools, **tables) * 1.1
+
+    monkeypatch.setattr(attention_backends, "decode_attention", wrong)
+    assert choose(CUDA, torch.float32, block_size=16, head_dim=64).name == "torch-sdpa"
+    assert "trial" in caplog.text
+    with pytest.raises(InvalidRequest, match="trial"):
+        choose(CUDA, torch.float32, block_size=16, head_dim=64, name="triton")
+
+
 def test_a_name_that_nobody_has_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="known: auto, torch-sdpa, triton"):
         choose(CPU, torch.float32, block_size=16, head_dim=64, name="flashinfer")
@@ -78,7 +102,7 @@ def test_ours_equals_torchs_attention_on_a_step(window: int | None, first_layer:
     heads = Heads(4, 2, 8, 0.4, window)
     cache = KVCache.allocate(2, 6, block_size=16, num_kv_heads=2, head_dim=8, dtype=torch.float32, device=CPU)
     torch.manual_seed(0)
-    for pool in cache.pools_S2HD:
+    for pool in (*cache.keys_SHD, *cache.values_SHD):
         pool.normal_()
     qkv_NX = torch.randn(3, heads.num_joint * 8)
     group = SequenceGroup(

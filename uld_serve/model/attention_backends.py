@@ -7,16 +7,23 @@ Shapes: N rows active in the layer, H query heads, K key/value heads, D head wid
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from uld_kernels.attention import LARGEST_WIDTH, decode_attention
+from uld_kernels.attention import LARGEST_WIDTH, decode_attention, reference
 
 from uld_serve.errors import InvalidRequest
 from uld_serve.model.attention import Heads
 from uld_serve.model.geometry import SequenceGroup
+
+logger = logging.getLogger(__name__)
+
+# Share of the largest value.
+TOLERANCE = {torch.float32: 1e-4}
+TOLERANCE_HALF = 0.02
 
 BackendName = Literal["torch-sdpa", "triton"]
 NAMES: tuple[BackendName, ...] = get_args(BackendName)
@@ -37,8 +44,9 @@ class AttentionBackend:
 def choose(
     device: torch.device, dtype: torch.dtype, *, block_size: int, head_dim: int, name: str = "auto"
 ) -> AttentionBackend:
-    """The backend `name`, or with "auto" the fastest that can run here. Raises InvalidRequest for a name that does
-    not exist or cannot run, with the reason.
+    """The backend `name`, or with "auto" the fastest that can run here and gives what it should: ours is run on a few
+    contexts first, which compiles it. Raises InvalidRequest for a name that does not exist or cannot run, with the
+    reason.
 
     >>> choose(torch.device("cpu"), torch.float32, block_size=16, head_dim=64).name
     'torch-sdpa'
@@ -51,6 +59,8 @@ def choose(
     if name == "triton" and obstacle is not None:
         raise InvalidRequest(f"attention backend 'triton' cannot run here: {obstacle}", param="attention")
     if name == "torch-sdpa" or obstacle is not None:
+        if obstacle is not None and device.type == "cuda" and name == "auto":
+            logger.warning("decode attention is torch's own: %s", obstacle)
         return AttentionBackend("torch-sdpa", None)
     return AttentionBackend("triton", paged_decode)
 
@@ -69,7 +79,53 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, *, block_size: int,
         return f"blocks must hold a power of two of tokens, 16 or more, not {block_size}"
     if head_dim > LARGEST_WIDTH:
         return f"heads may be {LARGEST_WIDTH} wide, not {head_dim}"
+    try:
+        gap = _gap(device, dtype, block_size, head_dim)
+    except (RuntimeError, ImportError) as error:
+        logger.exception("our decode attention does not run on %s", device)
+        return f"a trial of it failed ({type(error).__name__})"
+    if not gap <= TOLERANCE.get(dtype, TOLERANCE_HALF):
+        return f"a trial of it was off by {gap:.1e} of the largest value"
     return None
+
+
+def _gap(device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> float:
+    """Between our kernel and the definition in fp32, as a share of the largest value, on random contexts: of one
+    token, of a block and one more, and of more than one chunk."""
+    lengths = (1, block_size + 1, 300)
+    num_blocks = -(-max(lengths) // block_size)
+    generator = torch.Generator().manual_seed(0)
+    pool_P2KD = torch.randn(3 * num_blocks * block_size, 2, 2, head_dim, generator=generator).to(
+        device, dtype
+    )
+    query_NHD = torch.randn(2 * len(lengths), 8, head_dim, generator=generator).to(device, dtype)
+    rows_SQ = torch.arange(2 * len(lengths), device=device).view(len(lengths), 2)
+    blocks_SB = torch.randperm(3 * num_blocks, generator=generator).view(3, num_blocks).to(device)
+    lengths_S = torch.tensor(lengths, device=device)
+    keys_PKD, values_PKD = pool_P2KD.unbind(1)
+    found_NHD = decode_attention(
+        query_NHD,
+        keys_PKD,
+        values_PKD,
+        rows_SQ=rows_SQ,
+        blocks_SB=blocks_SB,
+        lengths_S=lengths_S,
+        block_size=block_size,
+    )
+    exact_NHD = torch.zeros_like(query_NHD, dtype=torch.float32)
+    reference(
+        query_NHD.float(),
+        keys_PKD.float(),
+        values_PKD.float(),
+        rows_SQ=rows_SQ,
+        blocks_SB=blocks_SB,
+        lengths_S=lengths_S,
+        block_size=block_size,
+        scale=head_dim**-0.5,
+        window=None,
+        out_NHD=exact_NHD,
+    )
+    return float((found_NHD.float() - exact_NHD).abs().max() / exact_NHD.abs().max())
 
 
 def paged_decode(

@@ -187,6 +187,16 @@ def test_tables_of_32_bits_do_too() -> None:
     assert torch.equal(ours, case.ours())
 
 
+def test_pools_may_lie_head_by_head() -> None:
+    case = Case((40, 140), num_queries=2, group=2)
+    expected = case.ours()
+    case.keys, case.values = (
+        pool.transpose(0, 1).contiguous().transpose(0, 1) for pool in (case.keys, case.values)
+    )
+    assert not case.keys.is_contiguous()
+    assert torch.equal(case.ours(), expected)
+
+
 def test_queries_may_lie_as_a_model_leaves_them() -> None:
     """Head by head, as (H, N, D)."""
     case = Case((40, 140), group=2)
