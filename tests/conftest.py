@@ -68,6 +68,7 @@ def make_engine(tiny: Tiny) -> Callable[..., Engine]:
 
     def make(**settings: int) -> Engine:
         base = load_base(str(tiny.folder), dtype="float32", device="cpu")
-        return Engine.of(base, EngineSettings(**settings))
+        # The default of 1 GiB takes longer to fill with zeros than most tests take.
+        return Engine.of(base, EngineSettings(**{"kv_cache_bytes": 2**24, **settings}))
 
     return make

@@ -84,15 +84,14 @@ class Provision:
         self.planner.models[fingerprint] = SecondModel(decoder.bank, model.num_layers, decoder.max_positions)
 
     def _num_blocks(self, decoder: Decoder, num_layers: int) -> int:
-        """As many as own_kv_bytes hold; by default half of a GPU's memory that is still free, or as much as the
-        target's cache takes of main memory."""
-        budget = self.config.own_kv_bytes
-        if budget is None and self.base.device.type == "cuda":
-            budget = torch.cuda.mem_get_info(self.base.device)[0] // 2
-        if budget is None:
-            target = self.runner.decoder.cache_bytes_per_token(self.base.num_layers)
-            budget = self.config.num_blocks * self.config.block_size * target
+        """As many as own_kv_bytes hold; by default as many as the target has, if a GPU's memory that is still free
+        holds twice that."""
         block_bytes = decoder.cache_bytes_per_token(num_layers) * self.config.block_size
+        budget = self.config.own_kv_bytes
+        if budget is None:
+            budget = self.config.num_blocks * block_bytes
+            if self.base.device.type == "cuda":
+                budget = min(budget, torch.cuda.mem_get_info(self.base.device)[0] // 2)
         if budget < block_bytes:
             raise InvalidRequest(
                 f"own_kv_bytes {budget} holds no block of {self.config.block_size} tokens ({block_bytes} bytes)",
