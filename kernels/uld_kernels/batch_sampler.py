@@ -1,8 +1,8 @@
 """Draws for the many rows that ask for little, all at once: what sampler_reference gives one by one, in a few tensor
 operations. Called by sampler_reference.
 
-Takes rows without bans, penalties, bias, lists and measures, that are the target's alone or have one relu_difference
-with a fused filter. Nothing here depends on which rows come together.
+Takes rows without bans, penalties, bias, lists and measures, that have one relu_difference with a fused filter or are
+the target's alone without top-k, top-p and min-p. Nothing here depends on which rows come together.
 
 Legend: R rows of logits, V real vocabulary, N rows drawn here, G groups of token ids, C tokens of all rows."""
 
@@ -19,6 +19,7 @@ from uld_kernels import reference, rules
 from uld_kernels.logit_groups import Found, LogitGroups, first_best, merged
 from uld_kernels.lottery import draw_few, draw_whole
 from uld_kernels.noise import Stream
+from uld_kernels.nucleus import nucleus_indices, truncates
 from uld_kernels.rows import LateRows, SampleRow
 
 # How much further down (nats) the next look goes when the tokens looked at are all hushed; it doubles each time.
@@ -127,6 +128,8 @@ def _draw_hushed(lane: _Lane, logits_RV: torch.Tensor, late: LateRows | None, dr
     if any(row.temperature for row in lane.rows):
         # NaN compares false and keeps its row from being empty.
         kept = fused.where(~(fused.value_C < (best_N + lane.log_taus())[fused.row_C]))
+        if any(map(truncates, lane.rows)):
+            kept = _nuclei(kept, lane.rows)
         token_N = draw_few(kept, lane.stream(), temperature_N1=lane.temperatures())
     else:
         token_N = fused.id_C[at_N]
@@ -134,6 +137,23 @@ def _draw_hushed(lane: _Lane, logits_RV: torch.Tensor, late: LateRows | None, dr
     for number, best in zip(lane.numbers, best_N.tolist(), strict=True):
         if not isfinite(best):
             drawn.fail(number, rules.NOTHING_KEPT if best == -inf else rules.NUMERICAL)
+
+
+def _nuclei(kept: Found, rows: Sequence[SampleRow]) -> Found:
+    """What top-k, top-p and min-p leave of each row, one row after the other: few tokens are left of each."""
+    sizes = torch.bincount(kept.row_C, minlength=len(rows)).tolist()
+    start, left = 0, []
+    for row, size in zip(rows, sizes, strict=True):
+        chosen = (
+            nucleus_indices(kept.value_C[start : start + size] / row.temperature, row)
+            if truncates(row)
+            else None
+        )
+        left.append(torch.arange(size, device=kept.row_C.device) if chosen is None else chosen)
+        left[-1] += start
+        start += size
+    left_C = torch.cat(left)
+    return Found(kept.row_C[left_C], kept.id_C[left_C], kept.value_C[left_C])
 
 
 def _within_reach(
@@ -197,15 +217,15 @@ def _asks_little(row: SampleRow) -> bool:
         return False
     if row.presence_penalty or row.frequency_penalty or row.logit_bias is not None:
         return False
-    if row.banned_ids is not None or row.allowed_mask is not None:
-        return False
-    return row.temperature == 0.0 or (row.top_k == 0 and row.top_p == 1.0 and row.min_p == 0.0)
+    return row.banned_ids is None and row.allowed_mask is None
 
 
 def _way(row: SampleRow, *, has_protected: bool) -> _Way | None:
     if not _asks_little(row):
         return None
     if not row.terms:
+        if truncates(row):
+            return None
         return "greedy" if row.temperature == 0.0 else "drawn"
     term = row.terms[0]
     is_hushed = term.kind == rules.RELU_DIFFERENCE and term.filter_mode == rules.FUSED

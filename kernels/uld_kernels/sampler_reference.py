@@ -7,19 +7,16 @@ Legend: R rows of logits, V real vocabulary, K survivors of one row, B rows to d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, isfinite, log
+from math import inf, isfinite
 
 import torch
 
 from uld_kernels import reference, rules
 from uld_kernels.batch_sampler import sample_batch
 from uld_kernels.fusion import Fused, RowFailure, Streams, fuse
-from uld_kernels.logit_groups import true_indices
 from uld_kernels.lottery import Lot, draw
+from uld_kernels.nucleus import nucleus_indices
 from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput
-
-# How many of the largest tokens top-p sorts first; a flatter distribution is then sorted whole.
-_TOP_P_FIRST_LOOK = 1024
 
 
 def sample(
@@ -167,28 +164,3 @@ def _counts(fused: Fused, histories: tuple[torch.Tensor | None, ...], vocab_size
         if ids is not None:
             counts_V += torch.bincount(ids, minlength=vocab_size)
     return counts_V[fused.ids_K]
-
-
-def nucleus_indices(z_K: torch.Tensor, row: SampleRow) -> torch.Tensor | None:
-    """Indices, ascending, that top-k, then top-p on what is left, then min-p leave; None where all are off."""
-    chosen: torch.Tensor | None = None
-    if 0 < row.top_k < z_K.shape[0]:
-        chosen = reference.largest(z_K, row.top_k)
-    if row.top_p < 1.0:
-        chosen = _top_p(z_K, row.top_p) if chosen is None else chosen[_top_p(z_K[chosen], row.top_p)]
-    if row.min_p > 0.0:
-        lowest = z_K.max() + log(row.min_p)
-        chosen = true_indices(z_K >= lowest) if chosen is None else chosen[z_K[chosen] >= lowest]
-    return None if chosen is None else chosen.sort().values
-
-
-def _top_p(z_K: torch.Tensor, p: float) -> torch.Tensor:
-    """The nucleus of reference.top_p_keep as indices, without sorting what cannot be in it."""
-    weights = (z_K.double() - z_K.max().double()).exp()
-    mass = p * weights.sum()
-    for num_looked_at in (_TOP_P_FIRST_LOOK, z_K.shape[0]):
-        order = reference.largest(z_K, num_looked_at)
-        size = int(reference.nucleus_size(weights[order], mass).item())
-        if size < order.shape[0]:
-            break
-    return order[:size]
