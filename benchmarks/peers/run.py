@@ -4,6 +4,7 @@ table and, with --json, one JSON line last. `python benchmarks/peers/run.py --js
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -221,4 +222,6 @@ def _row(result: Mapping[str, Json], ratios: Mapping[str, Mapping[str, float]]) 
 
 
 if __name__ == "__main__":
+    # Ended by default on the spot, it would leave processes behind that are stopped and never go on.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

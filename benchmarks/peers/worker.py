@@ -80,11 +80,11 @@ class Worker:
             assert stream is not None
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(CLOSE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):  # what the peer has started may outlive it
             self._signal(signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()
         self._log.close()
 
     def _signal(self, number: signal.Signals) -> None:

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -135,6 +136,22 @@ def test_a_peer_that_fails_is_named_and_the_others_are_measured(
     assert (by_place["honest", 2]["tokens"], by_place["honest", 2]["is_whole"]) == (3, False)
     assert by_place["broken", 1]["tokens_per_s"] is by_place["frail", 1]["tokens_per_s"] is None
     assert found["ratios"] == {"1": {}, "2": {}}
+
+
+def test_nothing_is_left_of_a_peer_that_is_closed(peers: dict[str, ModuleType], tmp_path: Path) -> None:
+    text = (
+        "import subprocess, sys; child = subprocess.Popen(['sleep', '600']);"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid));"
+        f"print({peers['peer'].READY!r}, flush=True); sys.stdin.read()"
+    )
+    worker = peers["worker"].Worker([sys.executable, "-c", text], {})
+    child = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    assert child.exists()
+    worker.close()
+    deadline = time.monotonic() + 10
+    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
 def test_an_environment_that_cannot_be_made_says_why(
