@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 from tiny_profile import BASE, PROBES, PROFILE
 
 from uld_serve.profiles.probes import Probes
-from uld_serve.profiles.profile import FilterSpec, Profile, RuleSpec, StreamSpec
+from uld_serve.profiles.profile import FilterSpec, Profile, ProfileVersion, RuleSpec, StreamSpec
 from uld_serve.profiles.strict_json import parse_model, parse_object
 
 ONE = StreamSpec(name="one", fork=0, exit=2, kv="borrowed", adapter="one")
@@ -130,3 +132,46 @@ def test_strict_json_refuses(data: bytes, reason: str) -> None:
 def test_a_profile_cannot_be_called_none() -> None:
     with pytest.raises(ValidationError, match="none"):
         _profile(name="none")
+
+
+MODEL = {"id": "../small", "fingerprint": "sha256:" + "3" * 64, "tokenizer": "sha256:" + "4" * 64}
+
+
+def test_a_stream_in_a_model_of_its_own_may_be_deeper_than_the_base_and_do_without_an_adapter() -> None:
+    stream = {"name": "one", "fork": 0, "exit": 40, "kv": "own", "model": MODEL}
+    profile = _profile(streams=(stream,))
+    assert parse_model(Profile, profile.model_dump_json().encode()) == profile
+    assert profile.adapter_names == ()
+    with pytest.raises(ValidationError, match="exits at layer 40 of 4"):
+        _profile(streams=({**stream, "model": None},))
+
+
+@pytest.mark.parametrize("change", [{"fork": 1}, {"kv": "borrowed"}])
+def test_a_model_of_its_own_runs_whole_and_keeps_its_own_keys_and_values(change: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="needs fork 0 and kv 'own'"):
+        StreamSpec.model_validate(
+            {"name": "one", "fork": 0, "exit": 2, "kv": "own", "model": MODEL, **change}
+        )
+
+
+def test_a_stream_of_the_base_is_written_as_before_there_were_models() -> None:
+    written = parse_object(_profile().model_dump_json().encode())
+    assert set(written["streams"][0]) == {"name", "fork", "exit", "kv", "adapter"}
+
+
+@pytest.mark.parametrize(
+    ("ref", "found"),
+    [
+        ("../models/small", "/data/models/small"),
+        ("./x", "/data/acme/x"),
+        ("/abs", "/abs"),
+        ("org/small", "org/small"),
+    ],
+)
+def test_a_model_is_looked_for_from_the_profiles_directory(ref: str, found: str) -> None:
+    model = {**MODEL, "id": ref}
+    stream = {"name": "one", "fork": 0, "exit": 2, "kv": "own", "model": model}
+    profile = _profile(streams=(stream,))
+    version = ProfileVersion(profile, "sha256:" + "0" * 64, {}, Probes(), Path("/data/acme"))
+    assert list(version.models) == [MODEL["fingerprint"]]
+    assert version.locate(version.models[MODEL["fingerprint"]]) == found

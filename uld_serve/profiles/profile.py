@@ -65,8 +65,8 @@ class BaseSpec(BaseModel):
 class ModelSpec(BaseModel):
     """A separate assistant model: other weights, the base's vocabulary token by token.
 
-    `id` is a directory, absolute or relative to the profile's own ("../models/small"), or a Hugging Face id. It may
-    not lie inside the profile's directory. Two streams that record one fingerprint share one model in memory.
+    `id` is a directory, absolute or relative to the profile's own (then it begins with ./ or ../), or a Hugging Face
+    id. It may not lie inside the profile's directory. Streams that record one fingerprint share one model in memory.
     """
 
     model_config = _FROZEN
