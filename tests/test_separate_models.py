@@ -12,10 +12,13 @@ from oracle import Oracle
 from tiny_base import Tiny, write_base
 
 from uld_serve import assembly
+from uld_serve.cli import main
 from uld_serve.config import EngineSettings
 from uld_serve.engine.request import SamplingParams
 from uld_serve.errors import ModelUnsupported, ProfileMismatch
 from uld_serve.llm import LLM
+from uld_serve.profiles.command import unfiltered_copy
+from uld_serve.profiles.store import read_profile
 
 SMALL = EngineSettings(kv_cache_bytes=2**22)
 PROMPT = list(b"Who was it that")
@@ -72,3 +75,18 @@ def test_a_stream_that_exits_elsewhere_than_its_model_ends_is_refused(tiny: Tiny
     write_recipe(folder, tiny.base, tiny.folder, models, recipe, seed=1)
     with pytest.raises(ProfileMismatch, match="exits at layer 3; its model has 2"):
         load(tiny, folder)
+
+
+def test_a_profile_is_listed_and_copied_with_its_model(
+    kept: Kept, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, version = kept.profiles["two-models"]
+    assert main(["profiles", "list", "--profiles", str(directory)]) == 0
+    assert "0-3 own in ../../models/other, 0-2 own in ../../models/small" in capsys.readouterr().out
+    assert main(["profiles", "list", "--profiles", str(kept.profiles["distilled"][0])]) == 0
+    assert "target adapter" in capsys.readouterr().out
+    with unfiltered_copy(directory, version) as copy:
+        assert copy is not None
+        other = read_profile(copy)
+        found = [Path(other.locate(model)) for model in other.models.values()]
+        assert sorted(found) == sorted(kept.models.values())

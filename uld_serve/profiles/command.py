@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from uld_serve.errors import InvalidRequest, UnknownProfile
-from uld_serve.profiles.profile import FilterSpec, ProfileVersion, RuleSpec
+from uld_serve.profiles.profile import FilterSpec, ProfileVersion, RuleSpec, StreamSpec
 from uld_serve.profiles.registry import BUILTIN, profile_directories
 from uld_serve.profiles.store import read_profile, read_training_record, write_profile
 
@@ -63,7 +63,8 @@ def _list(args: argparse.Namespace) -> int:
 
 def _row(version: ProfileVersion) -> tuple[str, str, str, str, str, str, str]:
     profile = version.profile
-    streams = ", ".join(f"{one.fork}-{one.exit} {one.kv}" for one in profile.streams) or "none"
+    streams = [f"{one.fork}-{one.exit} {one.kv}{_where(one)}" for one in profile.streams]
+    streams += ["target adapter"] if profile.target_adapter is not None else []
     strength = f"{profile.rule.strength:g}"
     return (
         version.name,
@@ -71,9 +72,13 @@ def _row(version: ProfileVersion) -> tuple[str, str, str, str, str, str, str]:
         profile.method,
         profile.rule.kind,
         strength,
-        streams,
+        ", ".join(streams),
         profile.base.id,
     )
+
+
+def _where(stream: StreamSpec) -> str:
+    return "" if stream.model is None else f" in {stream.model.id}"
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -121,15 +126,24 @@ def unfiltered_copy(directory: Path, version: ProfileVersion) -> Iterator[Path |
         yield None
         return
     rule = RuleSpec.model_validate({**profile.rule.model_dump(), "filter": FilterSpec(mode="none")})
+    streams = tuple(_located(stream, version) for stream in profile.streams)
     with tempfile.TemporaryDirectory() as scratch:
         write_profile(
             Path(scratch) / UNFILTERED,
-            profile.model_copy(update={"name": UNFILTERED, "rule": rule}),
+            profile.model_copy(update={"name": UNFILTERED, "rule": rule, "streams": streams}),
             adapters={name: directory / name for name in profile.adapter_names},
             probes=version.probes.model_copy(update={"replay": ()}),
             training={"copy_of": version.ref},
         )
         yield Path(scratch) / UNFILTERED
+
+
+def _located(stream: StreamSpec, version: ProfileVersion) -> StreamSpec:
+    """With its model where it lies, for a copy that lies elsewhere."""
+    if stream.model is None:
+        return stream
+    model = stream.model.model_copy(update={"id": version.locate(stream.model)})
+    return stream.model_copy(update={"model": model})
 
 
 def _print_report(console: Console, report: dict[str, object]) -> None:

@@ -71,7 +71,7 @@ class ModelSpec(BaseModel):
 
     model_config = _FROZEN
 
-    id: Annotated[str, Field(min_length=1, max_length=256)]
+    id: Annotated[str, Field(min_length=1, max_length=1024)]
     fingerprint: Sha256
     tokenizer: Sha256
 
