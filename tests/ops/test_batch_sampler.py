@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uld_kernels import LateRows, SampleOutput, SampleRow, Term, fused_sample, rules
 from uld_kernels.batch_sampler import sample_batch
+from uld_kernels.logit_groups import containing_largest
 
 DIM, NUM_ROWS = 24, 6
 PROTECTED = torch.tensor([0, 17])
@@ -108,8 +109,9 @@ def test_plain_and_late_rows_are_drawn_at_once_and_a_row_that_wants_more_is_not(
         replace(few, num_logprobs=1),
         replace(few, terms=(term(2, strength=1.0, tau=0.02, protect=True),)),
     ]
-    drawn = sample_batch(logits, [few, *more, hushed], vocab_size=300, protected_ids=PROTECTED, late=late)
-    assert sorted(drawn.tokens) == [0, 6]
+    rows = [few, *more, hushed, replace(hushed, top_p=0.9)]
+    drawn = sample_batch(logits, rows, vocab_size=300, protected_ids=PROTECTED, late=late)
+    assert sorted(drawn.tokens) == [0, 6, 7]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -165,3 +167,29 @@ def test_a_late_score_has_the_same_bits_whatever_else_is_scored(dim: int) -> Non
             assert torch.equal(late.scores_each(index[part], ids[part]), together[part])
     exact = (weight.double()[ids] * late.hidden_AD.double()[index]).sum(-1)
     torch.testing.assert_close(together.double(), exact, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 32, 256])
+@pytest.mark.parametrize("size", [40, 700, 49_152, 49_171])
+def test_a_search_for_the_largest_loses_none_of_them_and_none_equal_to_them(k: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(size + k)
+    for values in (
+        torch.randn(size, generator=generator),
+        torch.randint(0, 9, (size,), generator=generator).float(),
+    ):
+        k_or_all = min(k, size)
+        kth = values.topk(k_or_all).values[-1]
+        found = containing_largest(values, k)
+        assert torch.equal(found[found >= kth], values[values >= kth])
+
+
+@pytest.mark.parametrize("limits", [{"top_k": 2}, {"top_p": 0.3}, {"min_p": 0.5}])
+def test_top_k_top_p_and_min_p_hold_for_rows_drawn_at_once(limits: dict[str, float]) -> None:
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(5))
+    late = LateRows(torch.zeros(1, DIM), torch.zeros(300, DIM))
+    terms = (term(1, strength=1.0, tau=0.02),)
+    row = SampleRow(0, terms, temperature=2.0, is_measured=False)
+    rows = [replace(row, seed=seed, **(limits if seed % 2 else {})) for seed in range(200)]
+    together = tokens(sample(logits, rows, late, 300))
+    assert together == tokens(sample(logits, [replace(row, is_measured=True) for row in rows], late, 300))
+    assert len(set(together[1::2])) < len(set(together[::2]))
