@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from gpu_kernels import Check, KernelTime, attention_checks, attention_times, lora_checks, lora_times
@@ -133,14 +134,14 @@ def _kernels(args: argparse.Namespace, subjects: Subjects) -> tuple[list[Check],
 
 @dataclass(slots=True)
 class _Bench:
-    """One engine; its runner is changed between turns, while it holds no request."""
+    """One engine; its runner is changed between turns, while it holds no request. Runners: the base's, and that of
+    naive's second model, each run as it is and recorded."""
 
     args: argparse.Namespace
     subjects: Subjects
     engine: Engine
-    eager: Runner
-    graphed: GraphedRunner | None
-    second: Runner
+    eager: tuple[Runner, Runner]
+    graphed: tuple[GraphedRunner | None, GraphedRunner | None]
     bytes_per_s: float
 
     @classmethod
@@ -155,24 +156,31 @@ class _Bench:
         engine.planner.defers_logits = False  # as on a GPU: a recorded step computes all its scores
         if record is None and device.type == "cuda":
             record = CudaRecorder(device)
-        graphed = None
-        if record is not None:
-            graphed = GraphedRunner.around(engine.runner, record, max_rows=max(args.batch))
-        eager = engine.runner if graphed is None else Runner(graphed.decoder, graphed.cache)
         second = Runner.of(Decoder.of(assistant), engine.config)
-        return cls(args, subjects, engine, eager, graphed, second, environment.copy_gb_per_s * 1e9)
+        rows = max(args.batch)
+        graphed, graphed_second = None, None
+        if isinstance(engine.runner, GraphedRunner):
+            graphed = engine.runner
+        elif record is not None:
+            graphed = GraphedRunner.around(engine.runner, record, max_rows=rows)
+        if graphed is not None and record is not None:
+            graphed_second = GraphedRunner.around(second, record, max_rows=rows)
+            second = _eager(graphed_second)
+        eager = engine.runner if graphed is None else _eager(graphed)
+        copied = environment.copy_gb_per_s * 1e9
+        return cls(args, subjects, engine, (eager, second), (graphed, graphed_second), copied)
 
     @property
     def attention(self) -> str:
         """Of decode steps."""
-        backend = getattr(self.eager.decoder, "attention", None)
+        backend = getattr(self.eager[0].decoder, "attention", None)
         return "torch-sdpa" if backend is None else backend.name
 
     def decode(self) -> Iterator[Step]:
         print(f"{'mode':10} graphs  batch  context       ms  x floor", file=sys.stderr)
         for context in self.args.context:
             for batch in self.args.batch:
-                for graphs in (False, True) if self.graphed is not None else (False,):
+                for graphs in (False,) if self.graphed[0] is None else (False, True):
                     for turn, mode in enumerate(mode for mode in TURNS if mode in self.args.modes):
                         step = self._step(mode, batch, context, graphs, turn)
                         print(
@@ -232,20 +240,26 @@ class _Bench:
         return interleave({"one": call}, rounds, device=device, on_round=lambda: None)["one"]
 
     def _replayed(self) -> int:
-        return 0 if self.graphed is None or self.graphed.graphs is None else self.graphed.graphs.num_replayed
+        graphs = None if self.graphed[0] is None else self.graphed[0].graphs
+        return 0 if graphs is None else graphs.num_replayed
 
     def _variant(self, mode: Mode, *, graphs: bool) -> Variant:
-        runner: Runner = self.eager
-        if graphs:
-            assert self.graphed is not None
-            runner = self.graphed
+        runner, second = self.graphed if graphs else self.eager
+        assert runner is not None, "graphs are timed where there are any"
+        assert second is not None, "both models have graphs, or none has"
         version = self.subjects.versions[0]
         decision = Decision.base() if mode == "plain" else Decision.of_version(version)
         if mode == "naive":
             decision = Decision.of_version(naive_version(version, num_layers=self.subjects.naive_layers))
-            runner = NaiveRunner(runner, self.second)  # type: ignore[assignment]
-        self.engine.runner = runner
+            self.engine.runner = cast(Runner, NaiveRunner(runner, second))
+        else:
+            self.engine.runner = runner
         return Variant(mode, self.engine, (decision,), kv_bytes_per_token(self.subjects.base))
+
+
+def _eager(graphed: GraphedRunner) -> Runner:
+    """The same, without its graphs."""
+    return Runner(graphed.decoder, graphed.cache, graphed.own, graphed.separate)
 
 
 def _params(max_tokens: int) -> SamplingParams:

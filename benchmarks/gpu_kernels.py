@@ -117,6 +117,8 @@ def attention_checks(device: torch.device, dtype: torch.dtype, shape: Shape) -> 
     for num_queries in (1, 2, 5):
         case = _Attention.of(list(CHECKED_LENGTHS), num_queries, shape, device, dtype)
         checks.append(_check(f"attention, {num_queries} rows a sequence", case.run(), case.exact()))
+        if device.type != "cuda":  # only the kernel promises the same bits
+            continue
         alone = _Attention(
             case.query_NHD,
             case.keys_PKD,

@@ -37,7 +37,7 @@ def decode_attention(
     window      only the last `window` tokens count.
     out_NHD     rows that rows_SQ does not name are left as they are; without it they are 0.
 
-    A row without context is 0. Products are summed in fp32. A row's bits hang on nothing beside it in the batch.
+    A row without context is 0. Products are summed in fp32. On CUDA a row's bits hang on nothing beside it.
     Raises ValueError for shapes that do not fit; ids in the tables are not looked at, since that would wait for
     the device.
     """

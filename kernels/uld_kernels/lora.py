@@ -29,7 +29,7 @@ def add_deltas(
     rows_A      rows of x and y, each at most once.
     places_A    the place in A and B of each of them; negative: none. Equal places side by side are one product.
 
-    Sums are in fp32 and rounded once. A row's bits hang on nothing beside it in the batch. Raises ValueError for
+    Sums are in fp32 and rounded once. On CUDA a row's bits hang on nothing beside it. Raises ValueError for
     shapes that do not fit; ids in the tables are not looked at, since that would wait for the device.
     """
     _check(y_NO, x_NI, A_PIX, parts, rows_A, places_A)

@@ -42,7 +42,7 @@ def test_one_run_checks_and_times_everything(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads((tmp_path / "gpu.json").read_text()) == report
     assert report["ok"]
-    assert len(report["checks"]) == 14
+    assert len(report["checks"]) == 11
     steps = {(step["mode"], step["batch"], step["graphs"], step["replayed"]) for step in report["decode"]}
     modes = ("plain", "naive", "unlearned")
     assert steps == {
