@@ -44,7 +44,7 @@ def attend(layer: int, qkv_NX: torch.Tensor, geometry: Geometry, heads: Heads) -
     width = heads.num_heads * heads.head_dim
     for write in geometry.writes:
         joint_TX = qkv_NX[write.first : write.end, width:]
-        write.cache.write_joint(layer - write.first_layer, write.slots_T, joint_TX)
+        write.cache.write(layer - write.first_layer, write.slots_T, joint_TX)
     if len(geometry.groups) == 1:
         out_NX, _ = _attend_group(layer, qkv_NX, geometry.groups[0], heads)
         return out_NX

@@ -140,10 +140,12 @@ class LoraDelta:
 
     def _filled(self, x_NI: torch.Tensor, first: int, end: int) -> torch.Tensor:
         """Rows [first, end) in the deltas' dtype, as the last of a multiple of rows. What fills up are the rows
-        before them, or, where there are too few, whatever an earlier call has left; nothing of it is read back."""
+        before them, or, where there are too few, anything; nothing of it is read back."""
         width = _filled(end - first)
         if end >= width:
             return x_NI[end - width : end].to(self.dtype)
+        if width > ROWS_MULTIPLE:
+            return torch.cat([x_NI[: width - end + first], x_NI[first:end]]).to(self.dtype)
         if width > ROWS_MULTIPLE:  # the target's own rows carry the adapter, from the first on
             return F.pad(x_NI[first:end].to(self.dtype), (0, 0, first - end + width, 0))
         self._filled_CI[first - end :].copy_(x_NI[first:end])
