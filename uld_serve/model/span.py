@@ -17,7 +17,7 @@ from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.row_batch import NO_ADAPTER, OwnRows, RowBatch, SequenceRows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # one a row and step: freezing costs as much as all else that makes it
 class Rider:
     """Rows that enter together as copies of target rows [source, source + count). `scored`: which assistants of the
     batch they are, and at which of the rows. `lane` has the keys and values of their own, if they have any."""
