@@ -116,13 +116,15 @@ class DecodeGraphs:
             return None
         self._graphs.move_to_end(seating.shape)
         self._fill(graph, seating, rows)
+        logits_RW = graph.recording.result
+        wanted = seating.wanted(graph.step)
+        picks = None
+        if wanted != list(range(logits_RW.shape[0])):
+            # Before the replay: a copy from the host waits for what was launched earlier.
+            picks = torch.tensor(wanted, device=logits_RW.device)
         graph.recording.replay()
         self.num_replayed += 1
-        wanted = seating.wanted(graph.step)
-        logits_RW = graph.recording.result
-        if wanted == list(range(logits_RW.shape[0])):
-            return Scores(logits_RW)
-        return Scores(logits_RW.index_select(0, torch.tensor(wanted, device=logits_RW.device)))
+        return Scores(logits_RW if picks is None else logits_RW.index_select(0, picks))
 
     def _graph(self, seating: Seating, rows: RowBatch) -> _Graph | None:
         self._forget_moved_adapters()
