@@ -17,7 +17,7 @@ from uld_serve.config import EngineConfig, EngineSettings
 from uld_serve.engine.batch import Batch
 from uld_serve.engine.block_pool import BlockPool
 from uld_serve.engine.detokenizer import Detokenizer
-from uld_serve.engine.plan import TARGET_POOL, Decision, Plan, Planner, ProfileVersion
+from uld_serve.engine.plan import OWN_POOL, TARGET_POOL, Decision, Plan, Planner, ProfileVersion
 from uld_serve.engine.pools import Pools
 from uld_serve.engine.provision import Provision
 from uld_serve.engine.request import Delta, FinishReason, Receipt, SamplingParams, TokenLogprob
@@ -69,7 +69,9 @@ class Engine:
     def prepare(self, versions: Series[ProfileVersion], models: Mapping[str, Base] | None = None) -> None:
         """Make room for what these profiles need beyond the base: their own keys and values, separate models (given
         loaded, by fingerprint). Profiles that borrow need nothing. What it raises: `Provision.make`."""
-        provision = Provision(self.base, self.config, self.planner, self.pools, self.runner)
+        lanes = [lane for sequence in self.sequences.values() for lane in sequence.lanes]
+        has_own = any(lane.pool == OWN_POOL for lane in lanes)
+        provision = Provision(self.base, self.config, self.planner, self.pools, self.runner, has_own)
         provision.make(versions, models or {})
 
     @property

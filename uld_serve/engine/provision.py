@@ -24,13 +24,15 @@ from uld_serve.model.vocabulary import check_same_vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Provision:
-    """The parts of an engine that grow with what its profiles need."""
+    """The parts of an engine that grow with what its profiles need. `has_own`: some request, running or waiting, has
+    or will want room of its own."""
 
     base: Base
     config: EngineConfig
     planner: Planner
     pools: Pools
     runner: Runner
+    has_own: bool
 
     def make(self, versions: Sequence[ProfileVersion], models: Mapping[str, Base]) -> None:
         """`models` are separate models by fingerprint; those known already need not be given.
@@ -55,14 +57,14 @@ class Provision:
     def _make_own(self, num_layers: int) -> None:
         if num_layers <= self.planner.own_layers:
             return
-        known = self.pools.by_name.get(OWN_POOL)
-        if known is not None and known.num_held:
+        if self.has_own:
             raise Overloaded(
                 f"a profile keeps keys and values of its own in {num_layers} layers and requests are in the room for "
                 f"{self.planner.own_layers}; try again when they are done"
             )
+        # Gone before the next is made: both together might not fit. Until it is there, such profiles are refused.
+        self.planner.own_layers, self.runner.own = 0, None
         num_blocks = self._num_blocks(self.runner.decoder, num_layers)
-        self.runner.own = None  # before the next is made: both together might not fit
         self.runner.own = self.runner.decoder.allocate_cache(
             num_layers, num_blocks, block_size=self.config.block_size
         )
