@@ -188,6 +188,29 @@ def test_a_replay_reads_this_steps_data(step: Step) -> None:
     torch.testing.assert_close(scores.logits_RW, expected, atol=1e-4, rtol=1e-5)
 
 
+def test_other_adapters_and_mixes_are_data_too(step: Step, tiny: Tiny) -> None:
+    """Ten adapters in turn, and an assistant here or there, through one recording."""
+    adapter = next(iter(tiny.version("late-fork").adapters.values()))
+
+    class Stronger:
+        tensors = adapter.tensors
+
+        def __init__(self, scaling: float) -> None:
+            self.scaling = scaling
+
+    slots = [step.decoder.bank.acquire(str(n), lambda n=n: Stronger(0.5 * n)) for n in range(10)]
+    rows = [
+        step.rows(assistants=tuple(AssistantRow(i, 2, 4, slots[n + i], str(n + i)) for i in on))
+        for n in range(7)
+        for on in ((0, 1, 2), (1, 2), (2, 0))
+    ]
+    found = [step.recorded(one).clone() for one in rows]
+    assert step.graphs.num_recorded == 1
+    for one, logits_RW in zip(rows, found, strict=True):
+        torch.testing.assert_close(logits_RW, step.eager(one), atol=1e-4, rtol=1e-5)
+    assert not torch.allclose(found[0][3:], found[9][3:], atol=1e-2)
+
+
 def test_a_shape_is_recorded_when_it_comes_back(step: Step) -> None:
     rows = step.rows()
     assert step.graphs.try_run(rows) is None

@@ -214,6 +214,8 @@ class DecodeGraphs:
                 host_PB[row] = torch.tensor(filled)
                 blocks[row] = after
         step.blocks_PB.copy_(host_PB, non_blocking=True)
+        if seating.adapters:
+            step.adapters_RP.copy_(torch.tensor(seating.adapters))
 
 
 @dataclass(slots=True)

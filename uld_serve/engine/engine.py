@@ -16,6 +16,7 @@ import uld_serve
 from uld_serve.config import EngineConfig, EngineSettings
 from uld_serve.engine.batch import Batch
 from uld_serve.engine.block_pool import BlockPool
+from uld_serve.engine.cuda_graphs import CudaRecorder, GraphedRunner
 from uld_serve.engine.detokenizer import Detokenizer
 from uld_serve.engine.plan import OWN_POOL, TARGET_POOL, Decision, Plan, Planner, ProfileVersion
 from uld_serve.engine.pools import Pools
@@ -27,6 +28,7 @@ from uld_serve.engine.scheduler import Scheduled, Scheduler
 from uld_serve.engine.sequence import Sequence
 from uld_serve.engine.tokenizer import Tokenizer
 from uld_serve.errors import InvalidRequest, Overloaded, PromptTooLong, UldError
+from uld_serve.model.attention_backends import choose
 from uld_serve.model.decoder import Decoder
 from uld_serve.model.loading import Base
 
@@ -52,6 +54,13 @@ class Engine:
         """Raises ModelUnsupported when the base's layers do not compute what the base computes."""
         decoder = Decoder.of(base)
         config = _resolve(settings or EngineSettings(), decoder)
+        decoder.attention = choose(
+            base.device, base.dtype, block_size=config.block_size, head_dim=decoder.head_dim
+        )
+        runner = Runner.of(decoder, config)
+        if base.device.type == "cuda":
+            record = CudaRecorder(base.device)
+            runner = GraphedRunner.around(runner, record, max_rows=config.max_num_seqs)
         decoder.bank.budget_bytes = config.adapter_bytes
         pools = Pools({TARGET_POOL: BlockPool(config.num_blocks, config.block_size)})
         tokenizer = Tokenizer(base.tokenizer, vocab_size=base.vocab_size, eos_ids=base.eos_ids)
@@ -62,7 +71,7 @@ class Engine:
             planner=Planner(decoder.bank, defers_logits=base.device.type == "cpu"),
             pools=pools,
             scheduler=Scheduler(config, pools),
-            runner=Runner.of(decoder, config),
+            runner=runner,
             sampler=Sampler(tokenizer, base.vocab_size, base.device, uld_serve.__version__),
         )
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from uld_serve.model.lora import LOOPED_GROUPS
 from uld_serve.model.row_batch import NO_ADAPTER, AssistantRow, RowBatch
-from uld_serve.model.static_step import RiderShape, StaticShape, StaticStep
+from uld_serve.model.static_step import StaticShape, StaticStep
 
 SMALL_SIZES = (1, 2, 4)
 SIZE_STEP = 8
@@ -23,6 +22,7 @@ class Seating:
 
     shape: StaticShape
     order: list[int]
+    adapters: list[list[int]]
     riders: tuple[int, ...]
     sources: tuple[int, ...]
 
@@ -42,8 +42,7 @@ class Seating:
             own[row.source].append(row)
         kinds = _union([Counter((row.fork, row.exit) for row in riders) for riders in own])
         num_seats = count * (1 + len(kinds))
-        num_slots = len({row.slot for row in rows.assistants})
-        if num_seats > LARGEST_ROWS_PER_ROW * (count + len(rows.assistants)) or num_slots > LOOPED_GROUPS:
+        if num_seats > LARGEST_ROWS_PER_ROW * (count + len(rows.assistants)):
             return None
         seats = [_seats(riders, kinds) for riders in own]
         order = sorted(
@@ -53,15 +52,13 @@ class Seating:
         shape = StaticShape(
             num_rows=size,
             num_blocks=_power_of_two(max(len(one.blocks) for one in rows.sequences)),
-            riders=tuple(
-                RiderShape(fork, exit, _slots([seats[row][kind] for row in order], size))
-                for kind, (fork, exit) in enumerate(kinds)
-            ),
+            riders=tuple(kinds),
         )
         kind_of = {id(seat): kind for riders in seats for kind, seat in enumerate(riders) if seat is not None}
         return cls(
             shape,
             order,
+            [_slots([seats[row][kind] for row in order], size) for kind in range(len(kinds))],
             tuple(kind_of[id(row)] for row in rows.assistants),
             tuple(row.source for row in rows.assistants),
         )
@@ -103,6 +100,6 @@ def _seats(riders: list[AssistantRow], kinds: list[tuple[int, int]]) -> list[Ass
     return seats
 
 
-def _slots(seats: list[AssistantRow | None], size: int) -> tuple[int, ...]:
+def _slots(seats: list[AssistantRow | None], size: int) -> list[int]:
     own = [NO_ADAPTER if seat is None else seat.slot for seat in seats]
-    return tuple(own + [NO_ADAPTER] * (size - len(own)))
+    return own + [NO_ADAPTER] * (size - len(own))

@@ -11,32 +11,14 @@ of a sequence (padded), X query rows over one key/value head (padded), C context
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from uld_serve.errors import ModelUnsupported
-from uld_serve.model.geometry import Geometry, SequenceGroup
+from uld_serve.model.geometry import Geometry, Heads, SequenceGroup
 
 ATTENTION_NAME = "uld_paged"
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """A layer's attention. `scaling` None is 1 / sqrt(head_dim); a query sees `window` positions back, or all."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scaling: float | None
-    window: int | None
-
-    @property
-    def num_joint(self) -> int:
-        """Heads of a row with its query, key and value side by side."""
-        return self.num_heads + 2 * self.num_kv_heads
 
 
 def attend(layer: int, qkv_NX: torch.Tensor, geometry: Geometry, heads: Heads) -> torch.Tensor:
@@ -45,11 +27,14 @@ def attend(layer: int, qkv_NX: torch.Tensor, geometry: Geometry, heads: Heads) -
     for write in geometry.writes:
         joint_TX = qkv_NX[write.first : write.end, width:]
         write.cache.write(layer - write.first_layer, write.slots_T, joint_TX)
-    if len(geometry.groups) == 1:
+    if geometry.decode is None and len(geometry.groups) == 1:
         out_NX, _ = _attend_group(layer, qkv_NX, geometry.groups[0], heads)
         return out_NX
     out_NX = qkv_NX.new_empty(qkv_NX.shape[0], width)
     for group in geometry.groups:
+        if group.same_position and geometry.decode is not None:
+            geometry.decode(layer, qkv_NX, group, heads, out_NX)
+            continue
         found_PX, target_P = _attend_group(layer, qkv_NX, group, heads)
         out_NX.index_copy_(0, target_P, found_PX)
     return out_NX

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,8 +15,7 @@ import torch
 from uld_kernels.attention import LARGEST_WIDTH, decode_attention, reference
 
 from uld_serve.errors import InvalidRequest
-from uld_serve.model.attention import Heads
-from uld_serve.model.geometry import SequenceGroup
+from uld_serve.model.geometry import Decode, Heads, SequenceGroup
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +26,6 @@ TOLERANCE_HALF = 0.02
 BackendName = Literal["torch-sdpa", "triton"]
 NAMES: tuple[BackendName, ...] = get_args(BackendName)
 
-Decode = Callable[[int, torch.Tensor, SequenceGroup, Heads, torch.Tensor], None]
-"""(layer, qkv_NX, group, heads, out_NX): writes what a group at one position gets into its rows of out_NX."""
-
 
 @dataclass(frozen=True, slots=True)
 class AttentionBackend:
@@ -39,6 +34,9 @@ class AttentionBackend:
 
     name: BackendName
     decode: Decode | None
+
+
+TORCH = AttentionBackend("torch-sdpa", None)
 
 
 def choose(
@@ -61,7 +59,7 @@ def choose(
     if name == "torch-sdpa" or obstacle is not None:
         if obstacle is not None and device.type == "cuda" and name == "auto":
             logger.warning("decode attention is torch's own: %s", obstacle)
-        return AttentionBackend("torch-sdpa", None)
+        return TORCH
     return AttentionBackend("triton", paged_decode)
 
 

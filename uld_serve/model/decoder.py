@@ -9,7 +9,7 @@ Shapes: N rows active in a layer, D model width, R rows scored, W width of the L
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch import nn
 from uld_serve.errors import ModelUnsupported
 from uld_serve.model import attention
 from uld_serve.model.adapter_bank import AdapterBank
+from uld_serve.model.attention_backends import TORCH, AttentionBackend
 from uld_serve.model.borrowed import decoder_parts
 from uld_serve.model.fusing import fuse
 from uld_serve.model.head import Head, Scores
@@ -49,6 +50,7 @@ class Decoder:
     head: Head
     layer_types: tuple[str, ...]
     rotates_by_type: bool
+    attention: AttentionBackend = TORCH
 
     @classmethod
     def of(cls, base: Base) -> Decoder:
@@ -160,6 +162,7 @@ class Decoder:
             positions_N = torch.cat([positions_N, positions_N[sources]])
             seated = {kind: _with_riders(table, sources) for kind, table in tables.items()}
         seen = geometry(batch, span, positions_N=positions_N, caches=caches, contexts=contexts)
+        seen = replace(seen, decode=self.attention.decode)
         self._seat_adapters(batch, span)
         try:
             for index, layer in enumerate(self.layers[span.first : span.end], start=span.first):

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from uld_serve.model.attention import Heads, attend
-from uld_serve.model.geometry import Geometry
+from uld_serve.model.attention import attend
+from uld_serve.model.geometry import Geometry, Heads
 from uld_serve.model.joint_linear import JointLinear
 from uld_serve.model.lora import LoraDelta, LoraRows
 

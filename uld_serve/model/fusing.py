@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from uld_serve.errors import ModelUnsupported
-from uld_serve.model.attention import ATTENTION_NAME, Heads, paged_attention
+from uld_serve.model.attention import ATTENTION_NAME, paged_attention
 from uld_serve.model.fused_layer import PROJECTIONS, FusedLayer, Rotation, has_parts, linear
-from uld_serve.model.geometry import Geometry, SequenceGroup, Write
+from uld_serve.model.geometry import Geometry, Heads, SequenceGroup, Write
 from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.lora import LoraRows
 

@@ -10,6 +10,7 @@ C context slots (padded), B blocks of them, H query heads, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -120,6 +121,22 @@ class SequenceGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """A layer's attention. `scaling` None is 1 / sqrt(head_dim); a query sees `window` positions back, or all."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scaling: float | None
+    window: int | None
+
+    @property
+    def num_joint(self) -> int:
+        """Heads of a row with its query, key and value side by side."""
+        return self.num_heads + 2 * self.num_kv_heads
+
+
+@dataclass(frozen=True, slots=True)
 class Write:
     """Rows [first, end) write their keys and values to slots_T of `cache`, which holds the model's layer
     `first_layer` as its layer 0. Rows in no write keep none: theirs are dropped."""
@@ -131,10 +148,15 @@ class Write:
     slots_T: torch.Tensor
 
 
+Decode = Callable[[int, torch.Tensor, SequenceGroup, Heads, torch.Tensor], None]
+"""(layer, qkv_NX, group, heads, out_NX): writes what a group at one position gets into its rows of out_NX."""
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """Writes come before reads. Every row is in exactly one group. The same for all layers between two forks or
-    exits."""
+    exits. `decode` serves groups at one position, where it is not torch's own attention."""
 
     writes: tuple[Write, ...]
     groups: tuple[SequenceGroup, ...]
+    decode: Decode | None = None

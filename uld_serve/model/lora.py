@@ -15,6 +15,7 @@ from itertools import accumulate, groupby
 import torch
 import torch.nn.functional as F
 from torch import nn
+from uld_kernels.lora import add_deltas
 
 from uld_serve.model.packed_linear import PackedLinear
 
@@ -22,6 +23,7 @@ from uld_serve.model.packed_linear import PackedLinear
 # that what a request gets does not depend on who is beside it.
 ROWS_MULTIPLE = 4
 # More adapters than this in one batch are applied by batched products; up to here a loop is faster.
+FIRST_SLOTS = 1024
 LOOPED_GROUPS = 4
 # Batched products fill every group up to the widest. Not where one group's prompt stands beside others' single rows.
 LARGEST_FILL = 4
@@ -53,6 +55,8 @@ class LoraRows:
     seats_GC: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     back_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     is_batched: bool = False
+    rows_A: torch.Tensor | None = None
+    slots_A: torch.Tensor | None = None
     _seated: tuple[int, ...] | None = None
     _groups: tuple[Group, ...] = ()
 
@@ -80,8 +84,12 @@ class LoraRows:
         self.seats_GC = torch.tensor(seats, device=device)
         self.back_N = torch.tensor(back, device=device)
 
+    def seat_on_device(self, rows_A: torch.Tensor, slots_A: torch.Tensor) -> None:
+        """Rows `rows_A` have the slots in `slots_A`, negative for none: nothing of it is read on the host."""
+        self.rows_A, self.slots_A = rows_A, slots_A
+
     def clear(self) -> None:
-        self.groups = ()
+        self.groups, self.rows_A, self.slots_A = (), None, None
 
 
 class LoraDelta:
@@ -111,6 +119,9 @@ class LoraDelta:
         self.B_PrO: dict[int, torch.Tensor] = {}
         self._filled_CI = torch.zeros(ROWS_MULTIPLE, in_features, dtype=self.dtype, device=device)
         self._offsets = [0, *accumulate(self.sizes)]
+        # Place of slot s at s + 1, on the device; -1: none.
+        with torch.inference_mode(False):  # written to whenever an adapter comes or goes
+            self._place_of = torch.full((FIRST_SLOTS,), -1, device=device)
         self._loaded: dict[int, tuple[int, tuple[int, ...]]] = {}  # slot -> rank and parts
         self._views: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
         self._gathered: tuple[tuple[int, ...], torch.Tensor, tuple[torch.Tensor, ...]] | None = None
@@ -118,6 +129,11 @@ class LoraDelta:
     def add_to(self, y_NO: torch.Tensor, x_NI: torch.Tensor) -> None:
         """Add the deltas of the rows that are seated, in place. Both hold all rows of the layer."""
         rows = self.rows
+        if rows.rows_A is not None and rows.slots_A is not None:
+            parts = [(self.B_PrO[part], self._offsets[part]) for part in self.parts]
+            places_A = self._place_of.index_select(0, rows.slots_A + 1)
+            add_deltas(y_NO, x_NI, self.A_PIX, parts, rows_A=rows.rows_A, places_A=places_A)
+            return
         if not rows.groups or not self.places:
             return
         if rows.is_batched and all(slot in self.places for slot in rows.slots):
@@ -202,6 +218,9 @@ class LoraDelta:
                 self.A_PIX[place, :, low : low + own] = A_rI.T
                 self.B_PrO[part][place, :own] = B_Or.T
         self.places[slot] = place
+        if slot + 1 >= len(self._place_of):
+            self._place_of = F.pad(self._place_of, (0, len(self._place_of)), value=-1)
+        self._place_of[slot + 1] = place
         self._loaded[slot] = (rank, tuple(pairs))
         self._forget_views()
 
@@ -209,6 +228,7 @@ class LoraDelta:
         """Leave an adapter's place to others; nothing if it has none here."""
         if self.places.pop(slot, None) is not None:
             del self._loaded[slot]
+            self._place_of[slot + 1] = -1
             self._forget_views()
 
     @property

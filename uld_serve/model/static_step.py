@@ -2,7 +2,7 @@
 and filled by the engine's decode graphs; run like the decoder's own forward, whose layers it runs. Knows no request.
 
 Every sequence has the same riders; one that needs fewer has rows that nobody reads. What differs from step to step is
-data in buffers; which adapter a row carries is fixed.
+data in buffers, which adapter a row carries too.
 
 Shapes: P rows (one a sequence, padded), B blocks of a context (padded), N rows active in a span, R rows scored, W width
 of the LM head.
@@ -11,35 +11,24 @@ of the LM head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from uld_serve.model.decoder import Decoder
 from uld_serve.model.geometry import Geometry, SequenceGroup
 from uld_serve.model.kv_cache import KVCache
-from uld_serve.model.lora import LoraRows
-from uld_serve.model.row_batch import AssistantRow, RowBatch, SequenceRows
-from uld_serve.model.span import AdapterSeats, Caches, Contexts, Span, geometry, spans
-
-
-@dataclass(frozen=True, slots=True)
-class RiderShape:
-    """An assistant of every sequence, from layer `fork` to `exit`; `slots` are its adapters', row by row, NO_ADAPTER
-    where nobody reads the row."""
-
-    fork: int
-    exit: int
-    slots: tuple[int, ...]
+from uld_serve.model.row_batch import NO_ADAPTER, AssistantRow, RowBatch, SequenceRows
+from uld_serve.model.span import Caches, Contexts, Span, geometry, spans
 
 
 @dataclass(frozen=True, slots=True)
 class StaticShape:
-    """What is fixed: two steps of one shape differ in data only."""
+    """What is fixed: two steps of one shape differ in data only. `riders`: fork and exit of every sequence's."""
 
     num_rows: int
     num_blocks: int
-    riders: tuple[RiderShape, ...]
+    riders: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +40,13 @@ class _Stage:
     picks: torch.Tensor | None
     leaving: torch.Tensor | None
     seen: Geometry
-    adapters: LoraRows
+    adapted: torch.Tensor
+    adapted_seats: torch.Tensor
 
 
 class StaticStep:
-    """`forward` reads the buffers token_ids_P, positions_P, slots_P and blocks_PB and nothing else that changes.
+    """`forward` reads the buffers token_ids_P, positions_P, slots_P, blocks_PB and adapters_RP (bank slots by rider and
+    row, NO_ADAPTER where nobody reads the row) and nothing else that changes.
 
     Its rows are the targets' and then, by rider, the assistants': `row_of` says where.
     """
@@ -67,6 +58,9 @@ class StaticStep:
             3, shape.num_rows, dtype=torch.long, device=device
         )
         self.blocks_PB = torch.zeros(shape.num_rows, shape.num_blocks, dtype=torch.long, device=device)
+        self.adapters_RP = torch.full(
+            (len(shape.riders), shape.num_rows), NO_ADAPTER, dtype=torch.long, device=device
+        )
         batch = self._template()
         contexts = Contexts(((tuple(range(shape.num_rows)), self.blocks_PB, True),))
         before: Span | None = None
@@ -110,9 +104,10 @@ class StaticStep:
             kind: (cos.index_select(1, stage.sources), sin.index_select(1, stage.sources))
             for kind, (cos, sin) in tables.items()
         }
-        seen = Geometry(stage.seen.writes, tuple(_at(group, positions_N) for group in stage.seen.groups))
-        for field in fields(LoraRows):
-            setattr(decoder.bank.rows, field.name, getattr(stage.adapters, field.name))
+        groups = tuple(_at(group, positions_N) for group in stage.seen.groups)
+        seen = Geometry(stage.seen.writes, groups, decoder.attention.decode)
+        slots_A = self.adapters_RP.view(-1).index_select(0, stage.adapted_seats)
+        decoder.bank.rows.seat_on_device(stage.adapted, slots_A)
         try:
             for index in range(stage.span.first, stage.span.end):
                 out = decoder.layers[index](
@@ -131,8 +126,8 @@ class StaticStep:
         """A batch of this shape, whose tensors are the buffers."""
         num_rows = self.shape.num_rows
         assistants = [
-            AssistantRow(row, rider.fork, rider.exit, rider.slots[row], "")
-            for rider in self.shape.riders
+            AssistantRow(row, fork, exit, NO_ADAPTER, "")
+            for fork, exit in self.shape.riders
             for row in range(num_rows)
         ]
         # Contexts are given as a tensor, so no block is named here.
@@ -145,8 +140,8 @@ class StaticStep:
     def _stage(self, batch: RowBatch, before: Span | None, span: Span, contexts: Contexts) -> _Stage:
         num_rows, device = self.shape.num_rows, self.token_ids_P.device
         sources = _indices([*range(num_rows), *span.sources], device)
-        seats, adapters = AdapterSeats.of(batch, span), LoraRows()
-        adapters.seat(seats.start, seats.slots, device)
+        seated = zip(span.riders, span.starts, strict=True)
+        seats = [(start, assistant) for rider, start in seated for assistant, _ in rider.scored]
         picks = None
         if span.riders != (() if before is None else before.riders):
             picks = _indices([*range(num_rows), *span.picks(before)], device)
@@ -157,7 +152,8 @@ class StaticStep:
             picks=picks,
             leaving=_indices(rows, device) if rows else None,
             seen=geometry(batch, span, positions_N=sources, caches=Caches(self.cache), contexts=contexts),
-            adapters=adapters,
+            adapted=_indices([start for start, _ in seats], device),
+            adapted_seats=_indices([assistant for _, assistant in seats], device),
         )
 
 
