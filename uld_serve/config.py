@@ -19,6 +19,8 @@ class EngineSettings:
     max_num_seqs: int = 64
     max_step_rows: int = 512
     max_waiting: int = 256
+    cuda_graphs: bool = False
+    """Replay recorded decode steps on a GPU. Off until the tests on a device (`make gpu-test`) have been run there."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -46,6 +48,8 @@ class EngineSettings:
         """
         max_model_len = min(self.max_model_len or max_positions, max_positions)
         on_cpu = free_device_bytes is None
+        if self.cuda_graphs and on_cpu:
+            raise InvalidRequest("cuda_graphs needs a CUDA device", param="cuda_graphs")
         budget = self.kv_cache_bytes or (2**30 if on_cpu else (free_device_bytes or 0) * 8 // 10)
         num_blocks = budget // (bytes_per_token * self.block_size)
         if num_blocks < 1:
@@ -62,6 +66,7 @@ class EngineSettings:
             max_num_seqs=self.max_num_seqs,
             max_step_rows=self.max_step_rows,
             max_waiting=self.max_waiting,
+            cuda_graphs=self.cuda_graphs,
         )
 
 
@@ -78,3 +83,4 @@ class EngineConfig:
     max_num_seqs: int
     max_step_rows: int
     max_waiting: int
+    cuda_graphs: bool

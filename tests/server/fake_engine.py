@@ -81,6 +81,7 @@ class Call:
     decision: Decision
     request_id: str
     cache_salt: str = ""
+    tenant: str = ""
     is_aborted: bool = False
 
     @property
@@ -121,9 +122,10 @@ class FakeEngine:
         decision: Decision,
         *,
         request_id: str,
+        tenant: str = "",
         cache_salt: str = "",
     ) -> AsyncIterator[Delta]:
-        call = Call(prompt_ids, params, decision, request_id, cache_salt)
+        call = Call(prompt_ids, params, decision, request_id, cache_salt, tenant)
         self.calls.append(call)
         if self.refuse is not None:
             raise self.refuse

@@ -64,6 +64,7 @@ def test_a_request_runs_under_its_keys_salt(start_server: Callable[..., LiveServ
 def test_a_server_without_keys_uses_no_salt(server: LiveServer) -> None:
     server.post("/v1/completions", {"model": MODEL, "prompt": "Hi"})
     assert [call.cache_salt for call in server.engine.calls] == [""]
+    assert [call.tenant for call in server.engine.calls] == ["development"]
 
 
 async def cached(engine: AsyncEngine, salt: str) -> int:

@@ -95,10 +95,11 @@ class AsyncEngine:
         decision: Decision,
         *,
         request_id: str,
+        tenant: str = "",
         cache_salt: str = "",
     ) -> AsyncIterator[Delta]:
-        """Deltas of one request; the last has `finish_reason`. Close the iterator to abort. Cached prefixes are shared
-        with requests of the same salt only.
+        """Deltas of one request; the last has `finish_reason`. Close the iterator to abort. Tenants take turns, and
+        cached prefixes are shared with requests of the same salt only.
 
         Raises InvalidRequest, PromptTooLong, Overloaded, ProfileError or EngineStopped before the first Delta.
         A request that fails later ends with a Delta of finish_reason "error".
@@ -106,7 +107,7 @@ class AsyncEngine:
         self._refuse_if_full()
         self._engine.validate(prompt_ids, params)
         stream = _Stream(request_id, asyncio.get_running_loop(), asyncio.Queue())
-        self._inbox.put(lambda: self._add(stream, prompt_ids, params, decision, cache_salt))
+        self._inbox.put(lambda: self._add(stream, prompt_ids, params, decision, tenant, cache_salt))
         if not self.is_alive:
             # The loop may have ended since it was asked, and nobody would read the inbox again. If it has not, it
             # must not work for nobody.
@@ -166,10 +167,13 @@ class AsyncEngine:
         prompt_ids: list[int],
         params: SamplingParams,
         decision: Decision,
+        tenant: str,
         cache_salt: str,
     ) -> None:
         try:
-            self._engine.add(stream.request_id, prompt_ids, params, decision, cache_salt=cache_salt)
+            self._engine.add(
+                stream.request_id, prompt_ids, params, decision, tenant=tenant, cache_salt=cache_salt
+            )
         except UldError as error:
             stream.put(error)
         except Exception:

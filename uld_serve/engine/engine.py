@@ -58,7 +58,7 @@ class Engine:
             base.device, base.dtype, block_size=config.block_size, head_dim=decoder.head_dim
         )
         runner = Runner.of(decoder, config)
-        if base.device.type == "cuda":
+        if config.cuda_graphs:
             record = CudaRecorder(base.device)
             runner = GraphedRunner.around(runner, record, max_rows=config.max_num_seqs)
         decoder.bank.budget_bytes = config.adapter_bytes
@@ -120,9 +120,10 @@ class Engine:
         params: SamplingParams,
         decision: Decision,
         *,
+        tenant: str = "",
         cache_salt: str = "",
     ) -> None:
-        """Queue a request. It shares cached prefixes with requests of its salt only.
+        """Queue a request. It shares cached prefixes with requests of its salt only; tenants take turns.
 
         Raises InvalidRequest, PromptTooLong, Overloaded or ProfileError; then nothing is held.
         """
@@ -147,6 +148,7 @@ class Engine:
                 self.tokenizer, prompt_ids, stop=params.stop, keep_stop=params.include_stop_str
             ),
             max_len=max_len,
+            tenant=tenant,
             lanes=self.pools.lanes(plan.lanes, tenant=cache_salt),
         )
         self.sequences[request_id] = sequence

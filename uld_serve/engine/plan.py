@@ -127,6 +127,11 @@ class Plan:
     max_positions: int | None = None
 
     @property
+    def rows_a_token(self) -> int:
+        """Rows of the widened batch for one token that is scored."""
+        return len(self.lanes) + self.num_borrowing
+
+    @property
     def seats(self) -> list[tuple[str | None, Seat]]:
         """Every adapter held, with the model in whose bank it sits; None is the base."""
         held = [(stream.model, stream.seat) for stream in self.streams if stream.seat is not None]

@@ -1,14 +1,15 @@
 """Decides which requests run next and with how many tokens. Called by Engine.step. Knows nothing of tensors,
 text or HTTP.
 
-Oldest first. A step has a budget of rows, assistant rows counted. Blocks are taken as tokens come; when a pool has
+Who decodes goes before who still runs a prompt, else oldest first; tenants with fewer running requests are let in
+before others. A step has a budget of rows, assistant rows counted. Blocks are taken as tokens come; when a pool has
 none left the newest running sequence that holds some of it gives all its blocks back and starts again later
 (preemption by recompute).
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from uld_serve.config import EngineConfig
@@ -55,13 +56,16 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         scheduled: list[Scheduled] = []
         budget = self.config.max_step_rows
-        for sequence in list(self.running):
+        for sequence in sorted(self.running, key=lambda one: one.remaining > 1):
             if sequence not in self.running:  # preempted by an older one in this very step
                 continue
             count = self._affordable(sequence, budget)
             if count and self._make_room(sequence, count):
                 scheduled.append(Scheduled(sequence, count))
                 budget -= self.num_rows(sequence, count)
+        # An older one may have taken the blocks of a newer one that was scheduled before it.
+        still_running = {id(sequence) for sequence in self.running}
+        scheduled = [item for item in scheduled if id(item.sequence) in still_running]
         if len(self.running) == len(scheduled):  # nobody running was left out, so newcomers may join
             self._admit(scheduled, budget)
         return scheduled
@@ -88,8 +92,13 @@ class Scheduler:
         assert not any(sequence.block_ids for sequence in self.waiting), "a waiting sequence holds blocks"
 
     def _admit(self, scheduled: list[Scheduled], budget: int) -> None:
+        """Nobody is let in for whom a step would have no row once all decode: the newest would wait for the oldest to
+        end."""
+        room = self.config.max_step_rows - sum(one.plan.rows_a_token for one in self.running)
         while self.waiting and len(self.running) < self.config.max_num_seqs:
-            sequence = self.waiting[0]
+            sequence = self._next()
+            if sequence.plan.rows_a_token > room:
+                return
             self._reuse_prefix(sequence)
             count = self._affordable(sequence, budget)
             if not count or not self.pools.try_extend(sequence, sequence.num_computed + count):
@@ -97,9 +106,17 @@ class Scheduler:
                 return
             if sequence.num_cached is None:
                 sequence.num_cached = sequence.num_computed
-            self.running.append(self.waiting.popleft())
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            sequence.is_preempted = False
+            room -= sequence.plan.rows_a_token
             scheduled.append(Scheduled(sequence, count))
             budget -= self.num_rows(sequence, count)
+
+    def _next(self) -> Sequence:
+        """Of those who wait: whoever ran before, then the tenant with the fewest running, then the oldest."""
+        num_running = Counter(sequence.tenant for sequence in self.running)
+        return min(self.waiting, key=lambda one: (not one.is_preempted, num_running[one.tenant]))
 
     def _affordable(self, sequence: Sequence, budget: int) -> int:
         """The longest next chunk whose rows fit the budget; 0 if none."""
@@ -127,6 +144,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._free(sequence, is_suspect=True)
+        sequence.is_preempted = True
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 

@@ -33,6 +33,8 @@ class Sequence:
     seed: int
     detokenizer: Detokenizer
     max_len: int
+    tenant: str = ""
+    is_preempted: bool = False
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     lanes: list[Lane] = field(default_factory=list)

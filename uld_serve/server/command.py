@@ -37,6 +37,10 @@ ENGINE_SIZES = {
         "BYTES",
         "keys and values of all requests (CPU: 1 GiB; GPU: eight tenths of what is free)",
     ),
+    "own_kv_bytes": (
+        "BYTES",
+        "each cache of assistants that keep their own (default: room for as many tokens as kv_cache_bytes)",
+    ),
     "adapter_bytes": (
         "BYTES",
         "adapters kept in memory; others are read when asked for (CPU: 2 GiB; GPU: a tenth)",

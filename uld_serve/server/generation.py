@@ -114,6 +114,7 @@ class Generation:
                 choice.params,
                 decision,
                 request_id=f"{request_id}-{index}",
+                tenant=policy.name,
                 cache_salt=policy.cache_salt,
             )
             for index, choice in enumerate(choices)

@@ -92,6 +92,7 @@ class ServerSettings(BaseModel):
     max_model_len: Annotated[int | None, Field(ge=1)] = None
     max_num_seqs: Annotated[int | None, Field(ge=1)] = None
     kv_cache_bytes: Annotated[int | None, Field(ge=1)] = None
+    own_kv_bytes: Annotated[int | None, Field(ge=1)] = None
     adapter_bytes: Annotated[int | None, Field(ge=1)] = None
     audit_log: Path | None = None
     limits: Limits = Limits()
@@ -100,7 +101,7 @@ class ServerSettings(BaseModel):
 
     @property
     def engine(self) -> EngineSettings:
-        names = ("max_model_len", "max_num_seqs", "kv_cache_bytes", "adapter_bytes")
+        names = ("max_model_len", "max_num_seqs", "kv_cache_bytes", "own_kv_bytes", "adapter_bytes")
         return EngineSettings(**{name: value for name in names if (value := getattr(self, name)) is not None})
 
     @model_validator(mode="after")
