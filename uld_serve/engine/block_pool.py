@@ -53,7 +53,7 @@ class BlockPool:
     _to_clear: list[int] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self._unused = list(range(self.num_blocks))
+        self._unused = list(reversed(range(self.num_blocks)))
 
     @property
     def num_free(self) -> int:

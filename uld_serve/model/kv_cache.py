@@ -5,10 +5,38 @@ Shapes: S slots (num_blocks * block_size), H key/value heads, Y = 2 H (keys of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+
+@dataclass(slots=True)
+class Workspace:
+    """Room for what is read at once and then overwritten: the C library gives back a block of megabytes when it is
+    freed, and fills the next one with zeros, page by page. And where a step's blocks lie, the same for all layers."""
+
+    _room: torch.Tensor | None = None
+    _blocks_NB: torch.Tensor | None = None
+    _rows: torch.Tensor | None = None
+
+    def like(self, other: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """A tensor of this shape with anything in it; None on a GPU, whose allocator keeps what is freed."""
+        if other.device.type != "cpu":
+            return None
+        size = math.prod(shape)
+        if self._room is None or self._room.numel() < size:
+            self._room = other.new_empty(size)
+        return self._room[:size].view(shape)
+
+
+    def rows(self, blocks_NB: torch.Tensor, num_heads: int, num_blocks: int) -> torch.Tensor:
+        """Of a pool seen as heads times blocks: these blocks of the first head, then of the second, and so on."""
+        if self._blocks_NB is not blocks_NB or self._rows is None:
+            first_of_head = torch.arange(num_heads, device=blocks_NB.device)[:, None] * num_blocks
+            self._blocks_NB, self._rows = blocks_NB, (first_of_head + blocks_NB.flatten()).flatten()
+        return self._rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +49,7 @@ class KVCache:
 
     pools_YSD: tuple[torch.Tensor, ...]
     block_size: int
+    _workspace: Workspace = field(default_factory=lambda: Workspace())
 
     @classmethod
     def allocate(
@@ -76,10 +105,14 @@ class KVCache:
             blocks[:, torch.tensor(block_ids, device=pool_YSD.device)] = 0
 
     def gather(self, layer: int, blocks_NB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of N sequences with B blocks each: two views (N, H, C, D), C = B * block_size."""
-        # Whole blocks are copied by index_select, several times as fast as indexing slot by slot.
+        """Keys and values of N sequences with B blocks each: two views (N, H, C, D), C = B * block_size. On a CPU they
+        hold until the next call."""
+        # Whole blocks are copied by index_select, several times as fast as indexing slot by slot; along the first
+        # dimension all threads take part.
         pool_YSD = self.pools_YSD[layer]
         Y, _, D = pool_YSD.shape
-        blocks = pool_YSD.view(Y, -1, self.block_size * D).index_select(1, blocks_NB.flatten())
+        rows = self._workspace.rows(blocks_NB, Y, self.num_blocks)
+        out = self._workspace.like(pool_YSD, (len(rows), self.block_size * D))
+        blocks = torch.index_select(pool_YSD.view(-1, self.block_size * D), 0, rows, out=out)
         context_2NHCD = blocks.view(2, Y // 2, blocks_NB.shape[0], -1, D).transpose(1, 2)
         return context_2NHCD[0], context_2NHCD[1]
