@@ -17,7 +17,8 @@ class EngineSettings:
     adapter_bytes: int | None = None
     block_size: int = 16
     max_num_seqs: int = 64
-    max_step_rows: int = 512
+    max_step_rows: int = 544
+    """512 tokens of a prompt and their assistants: one row more would cost a step of its own."""
     max_waiting: int = 256
     cuda_graphs: bool = False
     """Replay recorded decode steps on a GPU. Off until the tests on a device (`make gpu-test`) have been run there."""

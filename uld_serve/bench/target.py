@@ -82,7 +82,7 @@ def room_for(base: Base, batch: int, tokens: int) -> EngineSettings:
         max_num_seqs=max(batch, 64),
         # A prompt that is in the cache has up to a block of tokens left to run, and as many rows of an assistant with
         # keys and values of its own; see Variant.fill.
-        max_step_rows=max((2 * BLOCK_SIZE + 2) * batch, 512),
+        max_step_rows=max((2 * BLOCK_SIZE + 2) * batch, EngineSettings().max_step_rows),
         max_waiting=max(batch, 256),
     )
 
