@@ -30,7 +30,6 @@ class Workspace:
             self._room = other.new_empty(size)
         return self._room[:size].view(shape)
 
-
     def rows(self, blocks_NB: torch.Tensor, num_heads: int, num_blocks: int) -> torch.Tensor:
         """Of a pool seen as heads times blocks: these blocks of the first head, then of the second, and so on."""
         if self._blocks_NB is not blocks_NB or self._rows is None:

@@ -149,10 +149,22 @@ class LoraDelta:
         x_CI = self._filled(x_NI, first, end)
         shrunk_CX = torch.mm(x_CI, A_IX)
         y_CO = y_NO[first:end]
+        if len(self.parts) == 1:
+            self._columns(y_CO, self.parts[0]).add_(torch.mm(shrunk_CX, parts_B_rO[0])[first - end :])
+            return
+        low, high = self._offsets[self.parts[0]], self._offsets[self.parts[-1] + 1]
+        # Parts are mostly neighbours: one sum for all. What lies between others stays as it is.
+        delta_CO = (shrunk_CX.new_empty if self._are_neighbours else shrunk_CX.new_zeros)(
+            shrunk_CX.shape[0], high - low
+        )
         for number, (part, B_rO) in enumerate(zip(self.parts, parts_B_rO, strict=True)):
-            low = number * self.rank
-            own_Cr = shrunk_CX[:, low : low + self.rank] if len(self.parts) > 1 else shrunk_CX
-            self._columns(y_CO, part).add_(torch.mm(own_Cr, B_rO)[first - end :])
+            own_Cr = shrunk_CX[:, number * self.rank : (number + 1) * self.rank]
+            torch.mm(own_Cr, B_rO, out=delta_CO[:, self._offsets[part] - low : self._offsets[part + 1] - low])
+        y_CO[:, low:high].add_(delta_CO[first - end :])
+
+    @property
+    def _are_neighbours(self) -> bool:
+        return self.parts[-1] - self.parts[0] == len(self.parts) - 1
 
     def _filled(self, x_NI: torch.Tensor, first: int, end: int) -> torch.Tensor:
         """Rows [first, end) in the deltas' dtype, as the last of a multiple of rows. What fills up are the rows
