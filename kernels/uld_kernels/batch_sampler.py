@@ -129,7 +129,7 @@ def _draw_hushed(lane: _Lane, logits_RV: torch.Tensor, late: LateRows | None, dr
         # NaN compares false and keeps its row from being empty.
         kept = fused.where(~(fused.value_C < (best_N + lane.log_taus())[fused.row_C]))
         if any(map(truncates, lane.rows)):
-            kept = _nuclei(kept, lane.rows)
+            kept = _nuclei(kept, lane.rows, best_N.isfinite().tolist())
         token_N = draw_few(kept, lane.stream(), temperature_N1=lane.temperatures())
     else:
         token_N = fused.id_C[at_N]
@@ -139,14 +139,15 @@ def _draw_hushed(lane: _Lane, logits_RV: torch.Tensor, late: LateRows | None, dr
             drawn.fail(number, rules.NOTHING_KEPT if best == -inf else rules.NUMERICAL)
 
 
-def _nuclei(kept: Found, rows: Sequence[SampleRow]) -> Found:
-    """What top-k, top-p and min-p leave of each row, one row after the other: few tokens are left of each."""
+def _nuclei(kept: Found, rows: Sequence[SampleRow], are_finite: Sequence[bool]) -> Found:
+    """What top-k, top-p and min-p leave of each row, one row after the other: few tokens are left of each. A row that
+    is going to fail keeps all: none may be left empty."""
     sizes = torch.bincount(kept.row_C, minlength=len(rows)).tolist()
     start, left = 0, []
-    for row, size in zip(rows, sizes, strict=True):
+    for row, size, is_finite in zip(rows, sizes, are_finite, strict=True):
         chosen = (
             nucleus_indices(kept.value_C[start : start + size] / row.temperature, row)
-            if truncates(row)
+            if is_finite and truncates(row)
             else None
         )
         left.append(torch.arange(size, device=kept.row_C.device) if chosen is None else chosen)

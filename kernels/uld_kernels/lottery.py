@@ -88,9 +88,15 @@ def draw_whole(
 
 
 def draw_few(found: Found, stream: Stream, *, temperature_N1: torch.Tensor) -> torch.Tensor:
-    """The same over listed tokens, at least one a row. A row whose temperature is 0 goes without noise."""
+    """The same over listed tokens, row by row. A row whose temperature is 0 goes without noise.
+
+    Raises RuntimeError if a row has none: its place must not go to a neighbour's token.
+    """
     num_rows = temperature_N1.shape[0]
-    if found.id_C.shape[0] == num_rows:
+    smallest, largest = torch.bincount(found.row_C, minlength=num_rows).aminmax()
+    if smallest < 1:
+        raise RuntimeError("a row has no token to draw from")
+    if largest == 1:
         return found.id_C
     value_C = found.value_C
     is_greedy_N = temperature_N1[:, 0] == 0.0

@@ -53,7 +53,20 @@ def norm_by_one_plus_weight(layer: nn.Module) -> None:
     norm.forward = lambda hidden: forward(hidden) * (1 + norm.weight) / norm.weight
 
 
-@pytest.mark.parametrize("change", [doubled_residual, another_activation, norm_by_one_plus_weight])
+def other_scores_far_away(layer: nn.Module) -> None:
+    """As Ministral scales queries."""
+    forward = layer.forward
+
+    def scaled(hidden: torch.Tensor, *, position_ids: torch.Tensor, **kwargs: object) -> object:
+        far = 1 + 0.1 * (position_ids[0, :, None] > 200)
+        return forward(hidden * far, position_ids=position_ids, **kwargs)
+
+    layer.forward = scaled
+
+
+@pytest.mark.parametrize(
+    "change", [doubled_residual, another_activation, norm_by_one_plus_weight, other_scores_far_away]
+)
 def test_a_layer_of_that_build_with_another_outcome_stays(change: Callable[[nn.Module], None]) -> None:
     base = tiny_model("llama", {})
     own = decoder_parts(base.model).layers[2]

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uld_kernels import LateRows, SampleOutput, SampleRow, Term, fused_sample, rules
 from uld_kernels.batch_sampler import sample_batch
-from uld_kernels.logit_groups import containing_largest
+from uld_kernels.logit_groups import Found, containing_largest
+from uld_kernels.lottery import draw_few
+from uld_kernels.noise import Stream
 
 DIM, NUM_ROWS = 24, 6
 PROTECTED = torch.tensor([0, 17])
@@ -193,3 +195,38 @@ def test_top_k_top_p_and_min_p_hold_for_rows_drawn_at_once(limits: dict[str, flo
     together = tokens(sample(logits, rows, late, 300))
     assert together == tokens(sample(logits, [replace(row, is_measured=True) for row in rows], late, 300))
     assert len(set(together[1::2])) < len(set(together[::2]))
+
+
+def test_a_row_that_fails_leaves_its_neighbours_alone() -> None:
+    """A truncated row whose assistant is NaN must not be left without a token: the next one's would move up."""
+    z_RV = torch.full((6, 300), -30.0)
+    z_RV[0, 10] = z_RV[0, 11] = 5.0  # keeps two
+    z_RV[1, 200], z_RV[1, 11], z_RV[4, 11] = 9.0, 12.0, 50.0  # 11 is hushed
+    z_RV[2, 50] = 5.0
+    z_RV[5] = torch.nan
+
+    def rows(is_measured: bool) -> list[SampleRow]:
+        terms = [
+            Term(
+                kind=rules.RELU_DIFFERENCE, strength=1.0, digest=5, row_a=a, filter_mode=rules.FUSED, tau=0.02
+            )
+            for a in (3, 4, 5)
+        ]
+        plain = [SampleRow(row_b=b, terms=(terms[b],), seed=1 + b, is_measured=is_measured) for b in (0, 1)]
+        return [*plain, SampleRow(row_b=2, terms=(terms[2],), min_p=0.1, seed=3, is_measured=is_measured)]
+
+    none = torch.tensor([], dtype=torch.long)
+    for order in ((0, 1, 2), (1, 2), (2, 0, 1), (1, 0, 0, 2)):
+        outs = [
+            fused_sample(z_RV, [rows(measured)[i] for i in order], vocab_size=300, protected_ids=none)
+            for measured in (True, False)
+        ]
+        assert outs[0].token_ids_B.tolist() == outs[1].token_ids_B.tolist()
+        assert outs[0].status_B.tolist() == outs[1].status_B.tolist()
+        assert [s == rules.NUMERICAL for s in outs[1].status_B.tolist()] == [i == 2 for i in order]
+
+
+def test_no_row_draws_from_another_ones_tokens() -> None:
+    found = Found(torch.tensor([0, 0, 2]), torch.tensor([10, 11, 12]), torch.zeros(3))
+    with pytest.raises(RuntimeError, match="no token"):
+        draw_few(found, Stream.of([1, 2, 3], [0, 0, 0], torch.device("cpu")), temperature_N1=torch.ones(3, 1))

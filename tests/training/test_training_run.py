@@ -190,7 +190,7 @@ def test_the_assistant_in_training_is_the_oracles(tiny: Tiny, runs: dict[Method,
             for number in range(len(one.answer_ids)):
                 ids = [*one.prompt_ids, *one.answer_ids[:number]]
                 with torch.no_grad():
-                    expected = oracle._assistant(name, "assistant", run.settings.fork, run.settings.exit, ids)
+                    expected = oracle._assistant(name, run.version.profile.streams[0], ids, None)
                 torch.testing.assert_close(
                     logits_QV[number], expected[: tiny.base.vocab_size], rtol=0, atol=1e-4
                 )

@@ -101,7 +101,7 @@ class DecodeGraphs:
     _graphs: OrderedDict[StaticShape, _Graph] = field(default_factory=OrderedDict)
     _seen: Counter[StaticShape] = field(default_factory=Counter)
     _refused: set[StaticShape] = field(default_factory=set)
-    _adapters: tuple[int, int] = (0, 0)
+    _adapters: tuple[int, int, int] = (0, 0, 0)
 
     @torch.inference_mode()
     def try_run(self, rows: RowBatch) -> Scores | None:
@@ -176,8 +176,9 @@ class DecodeGraphs:
         return False
 
     def _forget_moved_adapters(self) -> None:
-        """A graph reads adapters where they lay when it was recorded. They move when one is loaded."""
-        now = (self.decoder.bank.num_loads, self.decoder.bank.resident_bytes)
+        """A graph reads adapters where they lay when it was recorded. They move when one comes or goes."""
+        bank = self.decoder.bank
+        now = (bank.num_loads, bank.num_evictions, bank.resident_bytes)
         if now != self._adapters:
             self._adapters = now
             for shape in [shape for shape in self._graphs if shape.riders]:

@@ -134,23 +134,22 @@ class Engine:
             raise InvalidRequest(f"request id {request_id!r} is in use")
         plan = self.planner.plan(decision)
         try:
-            max_len = self._max_len(plan, len(prompt_ids) + min(params.max_tokens, 1))
-        except InvalidRequest:
+            sequence = Sequence(
+                request_id=request_id,
+                prompt_ids=list(prompt_ids),
+                params=params,
+                plan=plan,
+                seed=secrets.randbits(63) if params.seed is None else params.seed,
+                detokenizer=Detokenizer(
+                    self.tokenizer, prompt_ids, stop=params.stop, keep_stop=params.include_stop_str
+                ),
+                max_len=self._max_len(plan, len(prompt_ids) + min(params.max_tokens, 1)),
+                tenant=tenant,
+                lanes=self.pools.lanes(plan.lanes, tenant=cache_salt),
+            )
+        except BaseException:
             self.planner.release(plan)
             raise
-        sequence = Sequence(
-            request_id=request_id,
-            prompt_ids=list(prompt_ids),
-            params=params,
-            plan=plan,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            detokenizer=Detokenizer(
-                self.tokenizer, prompt_ids, stop=params.stop, keep_stop=params.include_stop_str
-            ),
-            max_len=max_len,
-            tenant=tenant,
-            lanes=self.pools.lanes(plan.lanes, tenant=cache_salt),
-        )
         self.sequences[request_id] = sequence
         self.scheduler.add(sequence)
 

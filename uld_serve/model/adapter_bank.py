@@ -43,6 +43,7 @@ class AdapterBank:
     budget_bytes: int | None = None
     rows: LoraRows = field(default_factory=LoraRows)
     num_loads: int = 0
+    num_evictions: int = 0
     _deltas: set[LoraDelta] = field(default_factory=set)
     _slots: dict[str, int] = field(default_factory=dict)  # least recently used first
     _users: dict[str, int] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class AdapterBank:
         """Drop an adapter that nobody uses, so that its slot can be taken again."""
         if self._users.get(key, 0):
             raise ProfileMismatch(f"adapter {key} is in use by {self._users[key]} requests")
+        self.num_evictions += 1
         slot = self._slots.pop(key)
         self._users.pop(key, None)
         self._drop(slot)

@@ -19,7 +19,7 @@ from uld_serve.model import attention
 from uld_serve.model.adapter_bank import AdapterBank
 from uld_serve.model.attention_backends import TORCH, AttentionBackend
 from uld_serve.model.borrowed import decoder_parts
-from uld_serve.model.fusing import fuse
+from uld_serve.model.fusing import Place, fuse
 from uld_serve.model.head import Head, Scores
 from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.loading import Base
@@ -79,8 +79,12 @@ class Decoder:
     def _lay_out(self, *, is_packed: bool) -> None:
         """Put fused layers where they compute the same, and pack what stays."""
         hidden_ND = torch.zeros(SELF_CHECK_TOKENS, 1, dtype=self.base.dtype, device=self.base.device)
-        tables = self._rotary_tables(hidden_ND, torch.arange(SELF_CHECK_TOKENS, device=self.base.device))
-        by_layer = [tables[kind] for kind in self.layer_types]
+        first = torch.arange(SELF_CHECK_TOKENS, device=self.base.device)
+        # The last positions too: some models scale queries by where they are.
+        places = [
+            (p, self._rotary_tables(hidden_ND, p)) for p in (first, self.max_positions - 1 - first.flip(0))
+        ]
+        by_layer = [[Place(p, tables[kind]) for p, tables in places] for kind in self.layer_types]
         fuse(self.layers, self.base.model, by_layer, rows=self.bank.rows, is_packed=is_packed)
         if is_packed:
             share_inputs(self.layers)

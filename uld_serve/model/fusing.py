@@ -26,25 +26,33 @@ TOLERANCE = 1e-4
 """Share of the largest value that a layer adds, in fp32."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Positions of N rows of one sequence, and their rotary tables (cos, sin), (1, N, W) each."""
+
+    positions_N: torch.Tensor
+    tables: tuple[torch.Tensor, torch.Tensor]
+
+
 def fuse(
     layers: nn.ModuleList,
     model: PreTrainedModel,
-    tables: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    places: Sequence[Sequence[Place]],
     *,
     rows: LoraRows,
     is_packed: bool,
 ) -> None:
-    """Replace every layer whose outcome on random rows a fused one reproduces.
+    """Replace every layer whose outcome on random rows a fused one reproduces, at all of the layer's `places`.
 
-    `tables`: each layer's (cos, sin), (1, N, W), of N positions from 0 on. A model's name is not asked: what scales a
-    residual, norms by 1 + w or gates another way is found out by its outcome.
+    A model's name is not asked: what scales a residual, norms by 1 + w or gates another way is found out by its
+    outcome, and so is what does something else far from the first position.
     """
     AttentionInterface.register(PROBE_NAME, _probe)
     rotation = Rotation()
     model.set_attn_implementation(PROBE_NAME)
     try:
         for index, layer in enumerate(layers):
-            found = _build(layer, index, tables[index], rows) if has_parts(layer) else None
+            found = _build(layer, index, places[index], rows) if has_parts(layer) else None
             if found is not None:
                 heads, rotates = found
                 layers[index] = FusedLayer(
@@ -55,17 +63,19 @@ def fuse(
 
 
 def _build(
-    layer: nn.Module, index: int, tables: tuple[torch.Tensor, torch.Tensor], rows: LoraRows
+    layer: nn.Module, index: int, places: Sequence[Place], rows: LoraRows
 ) -> tuple[Heads, bool] | None:
     """How the layer attends and whether it rotates, if a fused one so made gives what it gives."""
-    trial = _Trial.of(layer, index, tables)
+    trials = [_Trial.of(layer, index, place) for place in places]
     layer = copy.deepcopy(layer).float()
-    heads, expected_1ND = trial.run_original(layer)
+    originals = [trial.run_original(layer) for trial in trials]
+    heads = originals[0][0]
     for rotates in (True, False):  # some models have layers without positions
         candidate = FusedLayer(
             layer, index, heads, rows=rows, rotation=Rotation(), rotates=rotates, is_packed=False
         )
-        if trial.is_met_by(candidate, expected_1ND):
+        pairs = zip(trials, originals, strict=True)
+        if all(own == heads and trial.is_met_by(candidate, expected) for trial, (own, expected) in pairs):
             return heads, rotates
     return None
 
@@ -85,14 +95,16 @@ class _Trial:
 
     index: int
     hidden_1ND: torch.Tensor
+    positions_N: torch.Tensor
     tables: tuple[torch.Tensor, torch.Tensor]
 
     @classmethod
-    def of(cls, layer: nn.Module, index: int, tables: tuple[torch.Tensor, torch.Tensor]) -> _Trial:
+    def of(cls, layer: nn.Module, index: int, place: Place) -> _Trial:
         weight = linear(layer, PROJECTIONS[0][0]).weight
         generator = torch.Generator().manual_seed(index)
-        hidden_1ND = torch.randn(1, tables[0].shape[1], weight.shape[1], generator=generator)
-        return cls(index, hidden_1ND.to(weight.device), (tables[0].float(), tables[1].float()))
+        cos, sin = place.tables
+        hidden_1ND = torch.randn(1, cos.shape[1], weight.shape[1], generator=generator)
+        return cls(index, hidden_1ND.to(weight.device), place.positions_N, (cos.float(), sin.float()))
 
     def run_original(self, layer: nn.Module) -> tuple[Heads, torch.Tensor]:
         """Raises ModelUnsupported for attention that is not served."""
@@ -100,7 +112,7 @@ class _Trial:
         out = layer(
             self.hidden_1ND,
             attention_mask=None,
-            position_ids=torch.arange(self.hidden_1ND.shape[1], device=self.hidden_1ND.device)[None],
+            position_ids=self.positions_N[None],
             position_embeddings=self.tables,
             geometry=seen,
         )

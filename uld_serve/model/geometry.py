@@ -56,6 +56,15 @@ class SequenceGroup:
     same_position: bool
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _seats: dict[tuple[int, int], Seats] = field(default_factory=dict)
+    _context_rows: torch.Tensor | None = None
+
+    @property
+    def context_rows(self) -> torch.Tensor:
+        """KVCache.rows_of the blocks, made once for all layers. A group is made anew for every step, recorded ones
+        too: a table of blocks that is written again must be looked at again."""
+        if self._context_rows is None:
+            self._context_rows = self.cache.rows_of(self.blocks_SB)
+        return self._context_rows
 
     @property
     def num_queries(self) -> int:

@@ -15,11 +15,9 @@ import torch
 @dataclass(slots=True)
 class Workspace:
     """Room for what is read at once and then overwritten: the C library gives back a block of megabytes when it is
-    freed, and fills the next one with zeros, page by page. And where a step's blocks lie, the same for all layers."""
+    freed, and fills the next one with zeros, page by page."""
 
     _room: torch.Tensor | None = None
-    _blocks_NB: torch.Tensor | None = None
-    _rows: torch.Tensor | None = None
 
     def like(self, other: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
         """A tensor of this shape with anything in it; None on a GPU, whose allocator keeps what is freed."""
@@ -29,13 +27,6 @@ class Workspace:
         if self._room is None or self._room.numel() < size:
             self._room = other.new_empty(size)
         return self._room[:size].view(shape)
-
-    def rows(self, blocks_NB: torch.Tensor, num_heads: int, num_blocks: int) -> torch.Tensor:
-        """Of a pool seen as heads times blocks: these blocks of the first head, then of the second, and so on."""
-        if self._blocks_NB is not blocks_NB or self._rows is None:
-            first_of_head = torch.arange(num_heads, device=blocks_NB.device)[:, None] * num_blocks
-            self._blocks_NB, self._rows = blocks_NB, (first_of_head + blocks_NB.flatten()).flatten()
-        return self._rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +94,24 @@ class KVCache:
             blocks = pool_YSD.view(len(pool_YSD), -1, self.block_size, pool_YSD.shape[2])
             blocks[:, torch.tensor(block_ids, device=pool_YSD.device)] = 0
 
-    def gather(self, layer: int, blocks_NB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of N sequences with B blocks each: two views (N, H, C, D), C = B * block_size. On a CPU they
-        hold until the next call."""
+    def rows_of(self, blocks_NB: torch.Tensor) -> torch.Tensor:
+        """Of a pool seen as heads times blocks: these blocks of the first head, then of the second, and so on. The
+        same for all layers of a step."""
+        first_of_head = (
+            torch.arange(len(self.pools_YSD[0]), device=blocks_NB.device)[:, None] * self.num_blocks
+        )
+        return (first_of_head + blocks_NB.flatten()).flatten()
+
+    def gather(
+        self, layer: int, rows: torch.Tensor, *, num_contexts: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the blocks that `rows` (of rows_of) stand for: two views (N, H, C, D) of N contexts with
+        C slots each. On a CPU they hold until the next call."""
         # Whole blocks are copied by index_select, several times as fast as indexing slot by slot; along the first
         # dimension all threads take part.
         pool_YSD = self.pools_YSD[layer]
         Y, _, D = pool_YSD.shape
-        rows = self._workspace.rows(blocks_NB, Y, self.num_blocks)
         out = self._workspace.like(pool_YSD, (len(rows), self.block_size * D))
         blocks = torch.index_select(pool_YSD.view(-1, self.block_size * D), 0, rows, out=out)
-        context_2NHCD = blocks.view(2, Y // 2, blocks_NB.shape[0], -1, D).transpose(1, 2)
+        context_2NHCD = blocks.view(2, Y // 2, num_contexts, -1, D).transpose(1, 2)
         return context_2NHCD[0], context_2NHCD[1]

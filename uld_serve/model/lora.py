@@ -66,7 +66,7 @@ class LoraRows:
         if self._seated == tuple(slots):  # a decode step mostly looks like the one before
             self.groups = self._groups
             return
-        self._seated = tuple(slots)
+        self._seated = None
         groups, first = [], 0
         for slot, rows in groupby(slots):
             end = first + len(list(rows))
@@ -77,12 +77,14 @@ class LoraRows:
         width = _filled(max((group.end - group.first for group in groups), default=0))
         self.is_batched = len(groups) > LOOPED_GROUPS and len(groups) * width <= LARGEST_FILL * len(slots)
         if not self.is_batched:
+            self._seated = tuple(slots)
             return
         # Padding repeats a group's first row; what it gives is not read back.
         seats = [[min(group.first + c, group.end - 1) for c in range(width)] for group in groups]
         back = [g * width + c for g, group in enumerate(groups) for c in range(group.end - group.first)]
         self.seats_GC = torch.tensor(seats, device=device)
         self.back_N = torch.tensor(back, device=device)
+        self._seated = tuple(slots)  # last: what failed half-way must be made anew
 
     def seat_on_device(self, rows_A: torch.Tensor, slots_A: torch.Tensor) -> None:
         """Rows `rows_A` have the slots in `slots_A`, negative for none: nothing of it is read on the host."""
@@ -172,8 +174,6 @@ class LoraDelta:
         width = _filled(end - first)
         if end >= width:
             return x_NI[end - width : end].to(self.dtype)
-        if width > ROWS_MULTIPLE:
-            return torch.cat([x_NI[: width - end + first], x_NI[first:end]]).to(self.dtype)
         if width > ROWS_MULTIPLE:  # the target's own rows carry the adapter, from the first on
             return F.pad(x_NI[first:end].to(self.dtype), (0, 0, first - end + width, 0))
         self._filled_CI[first - end :].copy_(x_NI[first:end])

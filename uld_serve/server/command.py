@@ -105,8 +105,8 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
 
 
 def key_ring(settings: ServerSettings, environment: Mapping[str, str]) -> KeyRing:
-    """The file's keys, and one that may do everything if ULD_SERVE_API_KEY is set (for containers). Each is kept apart
-    from the others in the prefix cache, by its name and never by the key itself, unless they are to share it."""
+    """The file's keys, and one that may do everything if ULD_SERVE_API_KEY is set (for containers). Unless they are to
+    share it, the prefix cache keeps them apart, by their names and never by the keys themselves."""
     policies = {bytes.fromhex(key.sha256): key.policy for key in settings.keys}
     key = environment.get(KEY_VARIABLE)
     if key is not None:
