@@ -24,7 +24,7 @@ from uld_serve.server.process import running_server
 
 QUESTION = "What is the name of Harry Potter's school?"
 PROFILE = "harry-potter"
-MAX_TOKENS = 64
+MAX_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True)
