@@ -130,12 +130,12 @@ def paged_decode(
     layer: int, qkv_NX: torch.Tensor, group: SequenceGroup, heads: Heads, out_NX: torch.Tensor
 ) -> None:
     """Decode attention over the block table itself: no context is gathered and no mask is made."""
-    own_layer = layer - group.first_layer
+    keys_SHD, values_SHD = group.cache.views(layer - group.first_layer)
     joint_NHD = qkv_NX.view(-1, heads.num_joint, heads.head_dim)
     decode_attention(
         joint_NHD[:, : heads.num_heads],
-        group.cache.keys_SHD[own_layer],
-        group.cache.values_SHD[own_layer],
+        keys_SHD,
+        values_SHD,
         # Where a sequence has fewer rows than others its first is repeated: it is computed twice, to the same bits.
         rows_SQ=group.rows_SQ,
         blocks_SB=group.blocks_SB,

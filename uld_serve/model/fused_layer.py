@@ -2,8 +2,8 @@
 place of the Hugging Face layers that it reproduces; a layer that it does not reproduce stays as it is.
 
 Projections of one input are one product, residuals are added in the product, keys and values are rotated in place and
-written in one go. On SmolLM2-135M a layer takes some 20 operations instead of 70: on a CPU at few rows, where each is a
-few us, that is half of its time.
+written in one go. A decode step of SmolLM2-135M at batch 1 calls 4,235 of torch's operations, inner ones and views
+included, where joint projections within Hugging Face's layers call 7,616: on a CPU at few rows each is a few us.
 
 Shapes: N rows, D model width, H query heads, K key/value heads, W head width, I intermediate width.
 """

@@ -64,17 +64,17 @@ class KVCache:
     @property
     def keys_SHD(self) -> tuple[torch.Tensor, ...]:
         """Views, by layer."""
-        return tuple(pool_YSD[: len(pool_YSD) // 2].transpose(0, 1) for pool_YSD in self.pools_YSD)
+        return tuple(self.views(layer)[0] for layer in range(len(self.pools_YSD)))
 
     @property
     def values_SHD(self) -> tuple[torch.Tensor, ...]:
         """Views, by layer."""
-        return tuple(pool_YSD[len(pool_YSD) // 2 :].transpose(0, 1) for pool_YSD in self.pools_YSD)
+        return tuple(self.views(layer)[1] for layer in range(len(self.pools_YSD)))
 
     def views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One layer's keys and values, (S, H, D) each, for what reads the pools themselves."""
-        keys_values_2HSD = self.pools_YSD[layer].unflatten(0, (2, -1))  # type: ignore[no-untyped-call]
-        return keys_values_2HSD[0].transpose(0, 1), keys_values_2HSD[1].transpose(0, 1)
+        keys_HSD, values_HSD = self.pools_YSD[layer].chunk(2)
+        return keys_HSD.transpose(0, 1), values_HSD.transpose(0, 1)
 
     @staticmethod
     def bytes_per_token(num_layers: int, *, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ that adapters change, G groups of rows with one adapter, C rows of a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
@@ -247,15 +247,15 @@ class LoraDelta:
     def resident_bytes(self) -> int:
         return self.bytes_of(self.A_PIX.shape[0], self.rank, self.parts)
 
-    def bytes_of(self, num_places: int, rank: int, parts: Sequence[int]) -> int:
+    def bytes_of(self, num_places: int, rank: int, parts: Collection[int]) -> int:
         """Every place has room for the largest rank and for every changed part: smaller adapters are padded."""
         width = sum(self.in_features + self.sizes[part] for part in parts)
         return num_places * rank * width * self.dtype.itemsize
 
-    def bytes_with(self, rank: int, parts: Sequence[int]) -> int:
+    def bytes_with(self, rank: int, parts: Collection[int]) -> int:
         """Resident bytes with one more adapter of this rank on these parts; none is one without parts."""
         num_places = max(self.A_PIX.shape[0], len(self.places) + bool(parts))
-        return self.bytes_of(num_places, max(rank, self.rank), {*self.parts, *parts})  # type: ignore[arg-type]
+        return self.bytes_of(num_places, max(rank, self.rank), {*self.parts, *parts})
 
     def compact(self) -> None:
         """Give back what dropped adapters have left: places, and room for ranks and parts that nobody has any more."""
