@@ -5,12 +5,15 @@
 from uld_kernels import rules
 from uld_kernels.ops import fused_sample, fused_score
 from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput, Term
+from uld_kernels.static_sampler import SampleShape, StaticSampler
 
 __all__ = [
     "LateRows",
     "SampleOutput",
     "SampleRow",
+    "SampleShape",
     "ScoreOutput",
+    "StaticSampler",
     "Term",
     "fused_sample",
     "fused_score",
