@@ -20,7 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from uld_kernels import attention_triton, finish_triton, lora_triton, scan_triton, select_triton
+from uld_kernels import (
+    attention_triton,
+    finish_triton,
+    lora_triton,
+    prefill_triton,
+    scan_triton,
+    select_triton,
+)
 from uld_kernels.sampler_triton import LIST_BLOCK, SCAN_BLOCK
 
 TARGETS = (80, 90)
@@ -58,6 +65,7 @@ POINTER_TYPES = {
     "blocks_ptr": "i64",
     "lengths_ptr": "i32",
     "places_ptr": "i64",
+    "positions_ptr": "i64",
 }
 SCALAR_TYPES = {"log_vocab_size": "fp32", "stride_row": "i64", "scale_log2": "fp32"}
 
@@ -133,6 +141,30 @@ def attention_variants() -> Iterator[Variant]:
             )
 
 
+def prefill_variants() -> Iterator[Variant]:
+    """The same heads as attention_variants has."""
+    for group, width, window in ((4, 128, 0), (4, 128, 4096), (3, 64, 0), (8, 96, 0), (1, 256, 0)):
+        for type_name, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
+            tile = prefill_triton.tile_of(width, itemsize)
+            yield Variant(
+                prefill_triton._prefill_attention_kernel,
+                {
+                    "GROUP": group,
+                    "WINDOW": window,
+                    "BLOCK_X": tile.block_x,
+                    "BLOCK_N": tile.block_n,
+                    "BLOCK_SIZE": 16,
+                    "WIDTH": width,
+                    "BLOCK_D": attention_triton.block_d(width),
+                    "IS_UPCAST": 0,
+                },
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                is_fused=True,
+                types=(type_name,),
+            )
+
+
 def lora_variants() -> Iterator[Variant]:
     """Llama 8B's projections at rank 16: queries, gate and up in one product, down; and a large, odd rank."""
     for width, rank, num_parts in ((4096, 16, 1), (4096, 16, 2), (14336, 16, 1), (576, 33, 3)):
@@ -180,6 +212,7 @@ VARIANTS = (
     Variant(finish_triton._finish_kernel, {"MAX_TERMS": 1, "BLOCK": LIST_BLOCK}),
     Variant(finish_triton._finish_kernel, {"MAX_TERMS": 4, "BLOCK": LIST_BLOCK}),
     *attention_variants(),
+    *prefill_variants(),
     *lora_variants(),
 )
 

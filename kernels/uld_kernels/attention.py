@@ -1,5 +1,5 @@
-"""Decode attention over a block table: what it computes in plain torch, and the choice of backend. Called by the
-model's attention. Knows no request and no cache beyond the tensors that it is given.
+"""Attention over a block table, of decode steps and of prompts: what it computes in plain torch, and the choice of
+backend. Called by the model's attention. Knows no request and no cache beyond the tensors that it is given.
 
 Legend: N rows of queries, S sequences, Q rows of a sequence, H query heads, K key/value heads, D head width,
 P slots of a pool, B blocks of a context, C tokens of a context, X rows of a sequence that share a key/value head."""
@@ -110,6 +110,103 @@ def reference(
         0, at_P, out_SQHD.flatten(0, 1).to(out_NHD.dtype)
     )
     out_NHD.copy_(wide_NHD[:N])
+
+
+def prefill_attention(
+    query_NHD: torch.Tensor,
+    keys_PKD: torch.Tensor,
+    values_PKD: torch.Tensor,
+    *,
+    rows_SQ: torch.Tensor,
+    positions_SQ: torch.Tensor,
+    blocks_SB: torch.Tensor,
+    block_size: int,
+    scale: float | None = None,
+    window: int | None = None,
+    out_NHD: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of rows that stand anywhere in their sequence, each up to its own position; (N, H, D).
+
+    rows_SQ       row of each of a sequence's queries, in any order; negative: none.
+    positions_SQ  where it stands: it sees the tokens 0 to there, both included. Beyond the table gives NaN,
+                  a negative position 0.
+    blocks_SB     blocks of each context in order, as in decode_attention. What lies past a sequence's last position is
+                  not read; a NaN before it may show in all of the sequence's rows.
+    window        a row sees the last `window` tokens up to its position only.
+    out_NHD       rows that rows_SQ does not name are left as they are; without it they are 0.
+
+    A row may be named twice. Products are summed in fp32. On CUDA a row's bits hang on nothing beside it, nor on how
+    a prompt is cut into chunks. Raises ValueError for shapes that do not fit; ids in the tables are not looked at.
+    """
+    _check(query_NHD, keys_PKD, values_PKD, rows_SQ, blocks_SB, rows_SQ[:, 0], block_size, window)
+    if positions_SQ.shape != rows_SQ.shape or not positions_SQ.is_contiguous():
+        raise ValueError(
+            f"positions {tuple(positions_SQ.shape)} are not those of rows {tuple(rows_SQ.shape)}"
+        )
+    scale = query_NHD.shape[-1] ** -0.5 if scale is None else scale
+    if out_NHD is None:
+        out_NHD = torch.zeros_like(query_NHD, memory_format=torch.contiguous_format)
+    if query_NHD.is_cuda and query_NHD.dtype in HALF_OR_SINGLE:
+        from uld_kernels import prefill_triton
+
+        run = prefill_triton.prefill_attention
+    else:
+        run = prefill_reference
+    run(
+        query_NHD,
+        keys_PKD,
+        values_PKD,
+        rows_SQ=rows_SQ,
+        positions_SQ=positions_SQ,
+        blocks_SB=blocks_SB,
+        block_size=block_size,
+        scale=scale,
+        window=window,
+        out_NHD=out_NHD,
+    )
+    return out_NHD
+
+
+def prefill_reference(
+    query_NHD: torch.Tensor,
+    keys_PKD: torch.Tensor,
+    values_PKD: torch.Tensor,
+    *,
+    rows_SQ: torch.Tensor,
+    positions_SQ: torch.Tensor,
+    blocks_SB: torch.Tensor,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    out_NHD: torch.Tensor,
+) -> None:
+    """The definition: softmax(scale * q kᵀ) v over the tokens that a row sees. Gathers contexts; fp32, or fp64 for
+    fp64 queries."""
+    dtype = torch.promote_types(query_NHD.dtype, torch.float32)
+    H, K = query_NHD.shape[1], keys_PKD.shape[1]
+    offsets = torch.arange(block_size, device=blocks_SB.device)
+    for rows_Q, positions_Q, blocks_B in zip(rows_SQ, positions_SQ, blocks_SB, strict=True):
+        slots_C = (blocks_B[:, None] * block_size + offsets).flatten()
+        context_C = torch.arange(slots_C.shape[0], device=slots_C.device)
+        is_row_Q = rows_Q >= 0
+        rows_Q, positions_Q = rows_Q[is_row_Q].long(), positions_Q[is_row_Q, None]
+        is_seen_QC = context_C <= positions_Q
+        if window is not None:
+            is_seen_QC &= context_C > positions_Q - window
+        # Replaced, not multiplied by 0: what lies past the last row may be NaN.
+        is_read_C1 = is_seen_QC.any(0)[:, None, None]
+        keys_HCD, values_HCD = (
+            torch.where(is_read_C1, pool_PKD[slots_C].to(dtype), 0)
+            .repeat_interleave(H // K, 1)
+            .transpose(0, 1)
+            for pool_PKD in (keys_PKD, values_PKD)
+        )
+        scores_HQC = query_NHD[rows_Q].to(dtype).transpose(0, 1) @ keys_HCD.transpose(1, 2) * scale
+        weights_HQC = torch.softmax(scores_HQC.masked_fill(~is_seen_QC, -inf), dim=-1)
+        found_QHD = (weights_HQC @ values_HCD).transpose(0, 1)
+        found_QHD = found_QHD.masked_fill((positions_Q < 0)[..., None], 0)
+        found_QHD = found_QHD.masked_fill((positions_Q >= slots_C.shape[0])[..., None], nan)
+        out_NHD.index_copy_(0, rows_Q, found_QHD.to(out_NHD.dtype))
 
 
 def _check(

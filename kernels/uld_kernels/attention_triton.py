@@ -72,7 +72,7 @@ def decode_attention(
         keys_PKD, values_PKD, keys_PKD.stride(0), keys_PKD.stride(1),
         out_NHD, out_NHD.stride(0), out_NHD.stride(1),
         sums, states, rows_SQ, blocks_SB, lengths_S, *sizes, num_tiles, num_chunks, scale * log2(e),
-        GROUP=H // K, IS_DIRECT=is_direct, IS_UPCAST=_is_upcast(query_NHD.dtype), **shape,
+        GROUP=H // K, IS_DIRECT=is_direct, IS_UPCAST=is_upcast(query_NHD.dtype), **shape,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     if not is_direct:
@@ -99,7 +99,7 @@ def chunks_of(capacity: int, window: int | None, block_n: int) -> int:
     return max(1, min(int(MAX_CHUNKS.value), -(-span // int(MIN_CHUNK.value))))
 
 
-def _is_upcast(dtype: torch.dtype) -> bool:
+def is_upcast(dtype: torch.dtype) -> bool:
     """Triton's interpreter multiplies bf16 as the integers that it keeps it in. fp32 products are the same sums."""
     return dtype == torch.bfloat16 and bool(triton.knobs.runtime.interpret)
 
