@@ -20,7 +20,7 @@ from uld_kernels import rules
 # --- combine rules: scores before normalisation ---------------------------------------------------
 
 
-def subtract(b: torch.Tensor, a: torch.Tensor, *, strength: float) -> torch.Tensor:
+def subtract(b: torch.Tensor, a: torch.Tensor, *, strength: float | torch.Tensor) -> torch.Tensor:
     """s = b - strength * a.  ULD, arXiv 2406.08607 Eq. 2, there on the kept set of a filter."""
     return b - strength * a
 
@@ -31,7 +31,7 @@ def relu_difference(b: torch.Tensor, a: torch.Tensor, *, strength: float | torch
 
 
 def pair_linear(
-    b: torch.Tensor, log_q: torch.Tensor, log_p: torch.Tensor, *, strength: float
+    b: torch.Tensor, log_q: torch.Tensor, log_p: torch.Tensor, *, strength: float | torch.Tensor
 ) -> torch.Tensor:
     """s = b + strength * (log q - log p).  arXiv 2605.31293; offset unlearning, arXiv 2404.11045; 2401.08565.
 
@@ -54,7 +54,7 @@ def pair_rank_removed(q: torch.Tensor, p: torch.Tensor, *, rank_k: int) -> torch
 # --- composition of several rules -----------------------------------------------------------------
 
 
-def subtract_penalty(log_a: torch.Tensor, *, strength: float, vocab_size: int) -> torch.Tensor:
+def subtract_penalty(log_a: torch.Tensor, *, strength: float | torch.Tensor, vocab_size: int) -> torch.Tensor:
     """strength * (log a + log V): what `subtract` takes from each token, zero where the assistant is uniform.
 
     With raw logits the sign of a penalty would hang on an arbitrary offset, and clipping it would mean
@@ -63,12 +63,16 @@ def subtract_penalty(log_a: torch.Tensor, *, strength: float, vocab_size: int) -
     return strength * (log_a + log(vocab_size))
 
 
-def relu_difference_penalty(b: torch.Tensor, a: torch.Tensor, *, strength: float) -> torch.Tensor:
+def relu_difference_penalty(
+    b: torch.Tensor, a: torch.Tensor, *, strength: float | torch.Tensor
+) -> torch.Tensor:
     """strength * relu(a - b), never negative."""
     return strength * torch.relu(a - b)
 
 
-def pair_linear_penalty(log_q: torch.Tensor, log_p: torch.Tensor, *, strength: float) -> torch.Tensor:
+def pair_linear_penalty(
+    log_q: torch.Tensor, log_p: torch.Tensor, *, strength: float | torch.Tensor
+) -> torch.Tensor:
     """strength * (log p - log q)."""
     return strength * (log_p - log_q)
 
@@ -98,7 +102,7 @@ def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
 
 def plausibility_threshold(b: torch.Tensor, *, tau: float, min_keep: int) -> torch.Tensor:
     """The smallest target logit that stays, (..., 1): min(max + ln tau, the min_keep-th largest)."""
-    return torch.minimum(b.amax(-1, keepdim=True) + log(tau), kth_largest(b, min_keep))
+    return torch.minimum(relative_threshold(b.amax(-1, keepdim=True), log(tau)), kth_largest(b, min_keep))
 
 
 def official_threshold(b: torch.Tensor, *, tau: float) -> torch.Tensor:
@@ -130,7 +134,12 @@ def official_keep(b: torch.Tensor, *, tau: float) -> torch.Tensor:
 
 def fused_keep(s: torch.Tensor, *, tau: float) -> torch.Tensor:
     """keep = { s >= max s + ln tau }: min-p on fused scores. It cannot force a suppressed token to stay."""
-    return (s >= s.amax(-1, keepdim=True) + log(tau)) & (s > -inf)
+    return (s >= relative_threshold(s.amax(-1, keepdim=True), log(tau))) & (s > -inf)
+
+
+def relative_threshold(best: torch.Tensor, log_tau: float | torch.Tensor) -> torch.Tensor:
+    """The smallest score at least tau times as likely as the best one."""
+    return best + log_tau
 
 
 # --- protection -----------------------------------------------------------------------------------
@@ -146,25 +155,32 @@ def protect(s: torch.Tensor, b: torch.Tensor, protected_ids: torch.Tensor) -> to
     """
     others_b = b.index_fill(-1, protected_ids, -inf)
     others_s = s.index_fill(-1, protected_ids, -inf)
-    lse_s = others_s.logsumexp(-1, keepdim=True)
-    shift = torch.where(lse_s > -inf, others_b.logsumexp(-1, keepdim=True) - lse_s, 0.0)
+    shift = protection_shift(others_b.logsumexp(-1, keepdim=True), others_s.logsumexp(-1, keepdim=True))
     return (others_s + shift).index_copy(-1, protected_ids, b.index_select(-1, protected_ids))
+
+
+def protection_shift(lse_b: torch.Tensor, lse_s: torch.Tensor) -> torch.Tensor:
+    """How far `protect` moves all but the protected tokens, of which these are the log-sum-exps before and after the
+    rule; 0 where there are none."""
+    return torch.where(lse_s > -inf, lse_b - lse_s, 0.0)
 
 
 # --- penalties on history -------------------------------------------------------------------------
 
 
-def repetition_penalty(s: torch.Tensor, seen: torch.Tensor, *, penalty: float) -> torch.Tensor:
+def repetition_penalty(s: torch.Tensor, seen: torch.Tensor, *, penalty: float | torch.Tensor) -> torch.Tensor:
     """Seen tokens: s / penalty if s > 0, else s * penalty (after arXiv 1909.05858, as in transformers)."""
     return torch.where(seen, torch.where(s > 0, s / penalty, s * penalty), s)
 
 
-def presence_penalty(s: torch.Tensor, counts: torch.Tensor, *, penalty: float) -> torch.Tensor:
+def presence_penalty(s: torch.Tensor, counts: torch.Tensor, *, penalty: float | torch.Tensor) -> torch.Tensor:
     """s - penalty for every token that has been put out, as OpenAI defines it."""
     return s - penalty * (counts > 0).to(s.dtype)
 
 
-def frequency_penalty(s: torch.Tensor, counts: torch.Tensor, *, penalty: float) -> torch.Tensor:
+def frequency_penalty(
+    s: torch.Tensor, counts: torch.Tensor, *, penalty: float | torch.Tensor
+) -> torch.Tensor:
     """s - penalty * how often the token has been put out, as OpenAI defines it."""
     return s - penalty * counts.to(s.dtype)
 
