@@ -21,7 +21,7 @@ ALLOWED = {
     "cli": {"server", "training", "evaluation", "bench", "llm", "engine", "model", "profiles"},
     "server": {"llm", "engine", "model", "profiles"},
     "evaluation": {"llm", "engine", "profiles"},
-    "bench": {"server", "llm", "engine", "model", "profiles"},
+    "bench": {"server", "llm", "engine", "model", "profiles", "uld_kernels"},
     "llm": {"engine", "model", "profiles"},
     "training": {"model", "profiles", "uld_kernels"},
     "engine": {"model", "profiles", "uld_kernels"},

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import argparse
 
-from uld_serve.bench import decode, growth, memory, prefill, serve, turns
+from uld_serve.bench import decode, growth, memory, prefill, sampler, serve, turns
 
 MEASUREMENTS = {
     "decode": decode,
     "prefill": prefill,
+    "sampler": sampler,
     "turns": turns,
     "growth": growth,
     "memory": memory,
@@ -18,7 +19,7 @@ MEASUREMENTS = {
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("bench", help="measure decode, prefill or the server")
+    parser = subparsers.add_parser("bench", help="measure decode, prefill, the sampler or the server")
     chosen = parser.add_subparsers(metavar="WHAT", required=True)
     for name, module in MEASUREMENTS.items():
         own = chosen.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
