@@ -23,6 +23,9 @@ class EngineSettings:
     cuda_graphs: bool = False
     """Replay recorded decode steps on a GPU. Off until the tests on a device (`make gpu-test`) have been run there."""
 
+    overlap: bool | None = None
+    """Launch a step while the one before it is in flight. By default on a GPU, which runs beside the host."""
+
     def __post_init__(self) -> None:
         for name in (
             "max_model_len",
@@ -68,6 +71,7 @@ class EngineSettings:
             max_step_rows=self.max_step_rows,
             max_waiting=self.max_waiting,
             cuda_graphs=self.cuda_graphs,
+            overlap=not on_cpu if self.overlap is None else self.overlap,
         )
 
 
@@ -85,3 +89,4 @@ class EngineConfig:
     max_step_rows: int
     max_waiting: int
     cuda_graphs: bool
+    overlap: bool

@@ -4,13 +4,13 @@ Knows no profile: a plan's streams are numbers here."""
 from __future__ import annotations
 
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from uld_serve.engine.plan import Seat, StreamPlan
-from uld_serve.engine.scheduler import Scheduled
-from uld_serve.engine.sequence import Sequence
+from uld_serve.engine.sequence import Scheduled, Sequence
+from uld_serve.engine.transfer import to_device
 from uld_serve.model.row_batch import NO_ADAPTER, AssistantRow, OwnRows, RowBatch, SequenceRows
 
 
@@ -30,17 +30,70 @@ class Want:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens that were drawn and are on the device only; a failed draw gives -1. `row_of`: whose is where."""
+
+    token_ids_B: torch.Tensor
+    row_of: dict[Sequence, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """Rows whose token the host does not know: row `rows[i]` is given the token that `sequences[i]` drew."""
+
+    rows: list[int]
+    sequences: list[Sequence]
+
+    def write(self, token_ids_T: torch.Tensor, drawn: Drawn) -> None:
+        """What a failed draw is followed by is never looked at: any token will do."""
+        device = token_ids_T.device
+        places = torch.tensor([self.rows, [drawn.row_of[sequence] for sequence in self.sequences]])
+        rows, picks = to_device(places, device).unbind()
+        token_ids_T.index_copy_(0, rows, drawn.token_ids_B.index_select(0, picks).clamp_min(0))
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
+    """One step's rows, on the host. `fed`: of the base's rows (None) and those of separate models by name, the ones
+    whose tokens are on the device only."""
+
     rows: RowBatch
     wants: tuple[Want, ...]
+    fed: dict[str | None, Fed]
 
     @classmethod
-    def of(cls, scheduled: Series[Scheduled], *, block_size: int, device: torch.device) -> Batch:
-        builder = _Builder(block_size, device)
+    def of(cls, scheduled: Series[Scheduled], *, block_size: int) -> Batch:
+        builder = _Builder(block_size)
         # Rows with an adapter are seated in one run that reaches to the assistants: they come last.
         for item in sorted(scheduled, key=_target_slot):
             builder.add(item)
         return builder.batch()
+
+    def on(self, device: torch.device, drawn: Drawn | None) -> RowBatch:
+        """The rows on the device, with the tokens that only it knows."""
+        rows = self._rows_on(device, self.rows, None, drawn)
+        if not rows.separate:
+            return rows
+        separate = {
+            model: self._rows_on(device, batch, model, drawn) for model, batch in rows.separate.items()
+        }
+        return replace(rows, separate=separate)
+
+    def _rows_on(
+        self, device: torch.device, rows: RowBatch, model: str | None, drawn: Drawn | None
+    ) -> RowBatch:
+        if device.type != "cpu":
+            rows = replace(
+                rows,
+                token_ids_T=to_device(rows.token_ids_T, device),
+                positions_T=to_device(rows.positions_T, device),
+                slots_T=to_device(rows.slots_T, device),
+                head_rows=to_device(rows.head_rows, device),
+            )
+        if model in self.fed:
+            assert drawn is not None, "a token that nobody knows"
+            self.fed[model].write(rows.token_ids_T, drawn)
+        return rows
 
 
 def _target_slot(item: Scheduled) -> int:
@@ -58,33 +111,39 @@ class _Rows:
     slots: list[int] = field(default_factory=list)
     sequences: list[SequenceRows] = field(default_factory=list)
     head_rows: list[int] = field(default_factory=list)
+    fed: Fed = field(default_factory=lambda: Fed([], []))
 
     def add(self, item: Scheduled, block_ids: list[int], seat: Seat | None) -> int:
-        """The first row of the sequence's next tokens."""
-        first_row, first = len(self.token_ids), item.sequence.num_computed
-        self.token_ids += item.sequence.tokens(first, item.count)
-        self.positions += range(first, first + item.count)
-        self.slots += _slots(block_ids, first, item.count, self.block_size)
-        blocks = block_ids[: -(-(first + item.count) // self.block_size)]
+        """The first row of the scheduled tokens."""
+        sequence, first, count = item.sequence, item.first, item.count
+        first_row = len(self.token_ids)
+        token_ids = sequence.tokens(first, count)
+        if len(token_ids) < count:  # the last one is still on the device
+            self.fed.rows.append(first_row + count - 1)
+            self.fed.sequences.append(sequence)
+            token_ids = [*token_ids, 0]
+        self.token_ids += token_ids
+        self.positions += range(first, first + count)
+        self.slots += _slots(block_ids, first, count, self.block_size)
+        blocks = block_ids[: -(-(first + count) // self.block_size)]
         slot, key = (NO_ADAPTER, None) if seat is None else (seat.slot, seat.key)
-        self.sequences.append(SequenceRows(first_row, item.count, blocks, slot, key))
+        self.sequences.append(SequenceRows(first_row, count, blocks, slot, key))
         return first_row
 
     def batch(
         self,
-        device: torch.device,
         *,
         assistants: Series[AssistantRow] = (),
         lanes: Series[OwnRows] = (),
         separate: dict[str, RowBatch] | None = None,
     ) -> RowBatch:
         return RowBatch(
-            token_ids_T=torch.tensor(self.token_ids, device=device),
-            positions_T=torch.tensor(self.positions, device=device),
-            slots_T=torch.tensor(self.slots, device=device),
+            token_ids_T=torch.tensor(self.token_ids),
+            positions_T=torch.tensor(self.positions),
+            slots_T=torch.tensor(self.slots),
             sequences=tuple(self.sequences),
             assistants=tuple(assistants),
-            head_rows=torch.tensor(self.head_rows, dtype=torch.long, device=device),
+            head_rows=torch.tensor(self.head_rows, dtype=torch.long),
             lanes=tuple(lanes),
             separate=separate or {},
         )
@@ -99,32 +158,32 @@ def _slots(block_ids: list[int], first: int, count: int, size: int) -> list[int]
 @dataclass(slots=True)
 class _Builder:
     block_size: int
-    device: torch.device
     target: _Rows = field(init=False)
     assistants: list[AssistantRow] = field(default_factory=list)
     lanes: list[OwnRows] = field(default_factory=list)
     wanted: list[tuple[Sequence, int, int | None]] = field(default_factory=list)
     elsewhere: dict[str, list[tuple[Scheduled, StreamPlan]]] = field(default_factory=dict)
+    fed: dict[str | None, Fed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.target = _Rows(self.block_size)
 
     def add(self, item: Scheduled) -> None:
-        sequence, count = item.sequence, item.count
-        plan, first = sequence.plan, sequence.num_computed
+        sequence, plan, first = item.sequence, item.sequence.plan, item.first
         first_row = self.target.add(item, sequence.block_ids, plan.target_seat)
         first_lane = len(self.lanes)
         if len(plan.lanes) > 1:
             self._add_lanes(item, first_row)
-        for position in sequence.scored_positions(count):
+        for position in item.scored:
             target_id = sequence.prompt_ids[position + 1]
             self._want(sequence, position, first_row + position - first, first_lane, target_id)
-        if sequence.draws_after(count):
-            self._want(sequence, first + count - 1, first_row + count - 1, first_lane, None)
+        if item.draws:
+            last = item.count - 1
+            self._want(sequence, first + last, first_row + last, first_lane, None)
 
     def _add_lanes(self, item: Scheduled, first_row: int) -> None:
         """Rows at every position for the streams with keys and values of their own."""
-        sequence, first = item.sequence, item.sequence.num_computed
+        sequence, first = item.sequence, item.first
         for stream in sequence.plan.streams:
             if stream.borrows:
                 continue
@@ -184,8 +243,10 @@ class _Builder:
                     stream_rows.append(next_whole)
                     next_whole += 1
             wants.append(Want(sequence, position + 1, row, tuple(stream_rows), target_id))
-        rows = self.target.batch(self.device, assistants=self.assistants, lanes=self.lanes, separate=separate)
-        return Batch(rows, tuple(wants))
+        rows = self.target.batch(assistants=self.assistants, lanes=self.lanes, separate=separate)
+        if self.target.fed.rows:
+            self.fed[None] = self.target.fed
+        return Batch(rows, tuple(wants), self.fed)
 
     def _separate(self, first: int) -> tuple[dict[str, RowBatch], dict[tuple[int, int], int], int]:
         """Each separate model's rows; the first row of scores, from `first` on, of each (sequence, stream) in them;
@@ -195,14 +256,15 @@ class _Builder:
         for model, members in self.elsewhere.items():
             rows = _Rows(self.block_size)
             for item, stream in sorted(members, key=lambda member: _slot(member[1].seat)):
-                sequence, count = item.sequence, item.count
+                sequence = item.sequence
                 start = rows.add(item, sequence.lanes[stream.lane].block_ids, stream.seat)
                 firsts[id(sequence), sequence.plan.streams.index(stream)] = first + len(rows.head_rows)
-                at = [position - sequence.num_computed for position in sequence.scored_positions(count)]
-                rows.head_rows += [start + offset for offset in at]
-                if sequence.draws_after(count):
-                    rows.head_rows.append(start + count - 1)
-            batches[model] = rows.batch(self.device)
+                rows.head_rows += [start + position - item.first for position in item.scored]
+                if item.draws:
+                    rows.head_rows.append(start + item.count - 1)
+            batches[model] = rows.batch()
+            if rows.fed.rows:
+                self.fed[model] = rows.fed
             first += len(rows.head_rows)
         return batches, firsts, first
 

@@ -1,5 +1,8 @@
 """The engine: requests in, deltas out, one step at a time. Called by AsyncEngine's thread and by LLM. Knows no
 HTTP. A step is schedule, run, sample, finish; detail is below it.
+
+With `overlap` the device has its next step before the host has looked at the last one: nothing that was drawn changes,
+and what turns out to be for a request that has ended is thrown away.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ import torch
 
 import uld_serve
 from uld_serve.config import EngineConfig, EngineSettings
-from uld_serve.engine.batch import Batch
 from uld_serve.engine.block_pool import BlockPool
 from uld_serve.engine.cuda_graphs import CudaRecorder, GraphedRunner
 from uld_serve.engine.detokenizer import Detokenizer
@@ -24,8 +26,9 @@ from uld_serve.engine.provision import Provision
 from uld_serve.engine.request import Delta, FinishReason, Receipt, SamplingParams, TokenLogprob
 from uld_serve.engine.runner import Runner
 from uld_serve.engine.sampler import Outcome, Sampler
-from uld_serve.engine.scheduler import Scheduled, Scheduler
-from uld_serve.engine.sequence import Sequence
+from uld_serve.engine.scheduler import Scheduler
+from uld_serve.engine.sequence import Scheduled, Sequence
+from uld_serve.engine.step import Result, Step, Steps, as_uld_error
 from uld_serve.engine.tokenizer import Tokenizer
 from uld_serve.errors import InvalidRequest, Overloaded, PromptTooLong, UldError
 from uld_serve.model.attention_backends import choose
@@ -48,6 +51,7 @@ class Engine:
     runner: Runner
     sampler: Sampler
     sequences: dict[str, Sequence] = field(default_factory=dict)
+    ahead: Step | None = None
 
     @classmethod
     def of(cls, base: Base, settings: EngineSettings | None = None) -> Engine:
@@ -178,16 +182,48 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Run one step; every delta that it made."""
-        scheduled = self.scheduler.schedule()
-        outcomes, failed = self._run(scheduled)
-        deltas = [self._fail(item.sequence, error) for item, error in failed]
-        by_sequence: dict[int, list[Outcome]] = {id(item.sequence): [] for item in scheduled}
-        for outcome in outcomes:
-            by_sequence[id(outcome.want.sequence)].append(outcome)
-        lost = {id(item) for item, _ in failed}
-        for item in scheduled:
-            if id(item) not in lost:
-                deltas += self._take_in(item, by_sequence[id(item.sequence)])
+        step = self._launched_ahead() or self._steps.launch(self.scheduler.schedule())
+        self.ahead = self._go_ahead(step)
+        result = self._collect(step)
+        return self._take_in(step, result)
+
+    @property
+    def _steps(self) -> Steps:
+        return Steps(self.runner, self.sampler, self.pools)
+
+    def _launched_ahead(self) -> Step | None:
+        """The step that was launched while the one before was in flight, if anybody still waits for it."""
+        return self.ahead if self.ahead is not None and self.ahead.is_live else None
+
+    def _go_ahead(self, step: Step) -> Step | None:
+        """Launch the step after `step`, which is in flight, as if nobody ended in it."""
+        if not self.config.overlap or isinstance(step.in_flight, Exception):
+            return None
+        scheduled = self.scheduler.schedule_ahead()
+        ahead = self._steps.launch_ahead(scheduled, step) if scheduled else None
+        if ahead is None:
+            self.scheduler.take_back(scheduled)
+        return ahead
+
+    def _collect(self, step: Step) -> Result:
+        """What a step gave. When that raises, what went ahead of it is forgotten and it is run again in parts."""
+        found = self._steps.collect(step)
+        if isinstance(found, Result):
+            return found
+        if self.ahead is not None:
+            self.scheduler.take_back(self.ahead.scheduled)
+            self.ahead = None
+        return self._steps.again([item for item in step.scheduled if item.is_live], found)
+
+    def _take_in(self, step: Step, result: Result) -> list[Delta]:
+        """The deltas of those who still wait for what the step gave."""
+        deltas = [self._fail(item.sequence, error) for item, error in result.failed]
+        by_sequence: dict[Sequence, list[Outcome]] = {item.sequence: [] for item in step.scheduled}
+        for outcome in result.outcomes:
+            by_sequence[outcome.want.sequence].append(outcome)
+        for item in step.scheduled:
+            if item.is_live:
+                deltas += self._take_in_one(item, by_sequence[item.sequence])
         return deltas
 
     def check_integrity(self) -> None:
@@ -198,41 +234,14 @@ class Engine:
         seats = sum(len(s.plan.seats) for s in self.sequences.values())
         assert self.planner.num_users == seats, "an adapter is held by nobody or not held"
 
-    def _run(self, scheduled: list[Scheduled]) -> tuple[list[Outcome], list[tuple[Scheduled, UldError]]]:
-        """Run and sample. When that raises, halve the batch until the culprit is alone: only its request ends.
-
-        Running twice is harmless: the cache is written with the same values and nothing has been drawn.
-        """
-        if not scheduled:
-            return [], []
-        try:
-            self._clear_left_over()
-            batch = Batch.of(scheduled, block_size=self.config.block_size, device=self.sampler.device)
-            return self.sampler.sample(batch.wants, self.runner.run(batch.rows)), []
-        except Exception as error:  # whatever it is, it must end one request and no other
-            if len(scheduled) == 1:
-                logger.exception("request %s failed", scheduled[0].sequence.request_id)
-                return [], [(scheduled[0], _as_uld_error(error))]
-            middle = len(scheduled) // 2
-            first, second = self._run(scheduled[:middle]), self._run(scheduled[middle:])
-            return first[0] + second[0], first[1] + second[1]
-
-    def _clear_left_over(self) -> None:
-        for name, pool in self.pools.by_name.items():
-            if left_over := pool.pop_to_clear():
-                if name == TARGET_POOL:
-                    self.runner.clear(left_over)
-                else:
-                    self.runner.clear_beside(name, left_over)
-
-    def _take_in(self, item: Scheduled, outcomes: list[Outcome]) -> list[Delta]:
+    def _take_in_one(self, item: Scheduled, outcomes: list[Outcome]) -> list[Delta]:
         try:
             return self._advance(item, outcomes)
         except Exception as error:  # whatever it is, it must end one request and no other
             if item.sequence.request_id not in self.sequences:
                 raise  # it came while ending the request: what is held is not known any more
             logger.exception("request %s failed", item.sequence.request_id)
-            return [self._fail(item.sequence, _as_uld_error(error))]
+            return [self._fail(item.sequence, as_uld_error(error))]
 
     def _advance(self, item: Scheduled, outcomes: list[Outcome]) -> list[Delta]:
         """Take in what one sequence's rows gave."""
@@ -246,7 +255,7 @@ class Engine:
             sequence.receipt = _whole_receipt(sequence, outcome)
         if outcomes and outcomes[-1].want.target_id is None and sequence.params.max_tokens > 0:
             return [self._accept(sequence, outcomes[-1])]
-        if sequence.params.max_tokens == 0 and sequence.remaining == 0:
+        if sequence.params.max_tokens == 0 and sequence.num_computed == sequence.num_tokens:
             return [self._finish(sequence, "length", text="")]
         return []
 
@@ -259,7 +268,7 @@ class Engine:
         text = sequence.detokenizer.push(token_id, may_stop=may_stop)
         if may_stop and (is_eos or token_id in params.stop_token_ids or sequence.detokenizer.is_stopped):
             return self._finish(sequence, "stop", text=text, outcome=outcome)
-        if len(sequence.output_ids) >= params.max_tokens or sequence.num_tokens >= sequence.max_len:
+        if sequence.is_full():
             return self._finish(sequence, "length", text=text, outcome=outcome)
         return Delta(
             request_id=sequence.request_id,
@@ -315,11 +324,6 @@ def _whole_receipt(sequence: Sequence, outcome: Outcome) -> Receipt:
     return (
         replace(outcome.receipt, profiles=(*silent, *outcome.receipt.profiles)) if silent else outcome.receipt
     )
-
-
-def _as_uld_error(error: Exception) -> UldError:
-    """What the client is told; the cause is in the log, never in the answer."""
-    return error if isinstance(error, UldError) else UldError("the request failed inside the engine")
 
 
 def _resolve(settings: EngineSettings, decoder: Decoder) -> EngineConfig:

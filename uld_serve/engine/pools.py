@@ -82,9 +82,13 @@ class Pools:
         for lane in sequence.lanes:
             self.by_name[lane.pool].withdraw(lane.block_ids)
 
-    def free(self, sequence: Sequence, *, is_suspect: bool = False) -> None:
+    def free(self, sequence: Sequence, *, suspect_from: int | None = None) -> None:
+        """Give all blocks back; nothing has shown that what those from `suspect_from` on hold is finite."""
         for lane in sequence.lanes:
-            self.by_name[lane.pool].give_back(lane.block_ids, is_suspect=is_suspect)
+            pool, end = self.by_name[lane.pool], suspect_from
+            if end is not None:
+                pool.give_back(lane.block_ids[end:], is_suspect=True)
+            pool.give_back(lane.block_ids[:end])
             lane.block_ids = []
 
     def check_integrity(self, running: Series[Sequence]) -> None:

@@ -41,6 +41,11 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     include_stop_str: bool = False
 
+    @property
+    def penalises(self) -> bool:
+        """Whether a draw hangs on which tokens came before."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 0, "max_tokens", "must be 0 or more")
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "must be between 0 and max_tokens")

@@ -1,5 +1,7 @@
 """Scores to tokens: turns wants into rows of the fused op and its output into tokens, log-probabilities and
-receipts. The engine's only import of uld_kernels. Knows no text beyond a token's own.
+receipts. The engine's only import of uld_kernels' ops. Knows no text beyond a token's own.
+
+`launch` gives the device its work and waits for nothing; `collect` waits and looks at what came of it.
 
 Fails closed: a row whose output does not name exactly the profiles of its request raises, and a row that the
 op flags becomes an error of that request; nothing falls back to the target's scores.
@@ -8,17 +10,18 @@ op flags becomes an error of that request; nothing falls back to the target's sc
 from __future__ import annotations
 
 from collections.abc import Sequence as Series
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from uld_kernels import ops, rules
 from uld_kernels.rows import SMALLEST_TEMPERATURE, SampleOutput, SampleRow, ScoreOutput, Term
 
-from uld_serve.engine.batch import Want
+from uld_serve.engine.batch import Drawn, Want
 from uld_serve.engine.plan import Plan
 from uld_serve.engine.request import Receipt, TokenLogprob
 from uld_serve.engine.sequence import Sequence
 from uld_serve.engine.tokenizer import Tokenizer
+from uld_serve.engine.transfer import to_device, to_host
 from uld_serve.errors import NumericalError, UldError
 from uld_serve.model.head import Scores
 
@@ -34,62 +37,111 @@ class Outcome:
     error: UldError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What wants of one kind get, on its way to the host. `logprobs` are of the token, and of the best ones by id; None
+    where nobody asked."""
+
+    wants: Series[Want]
+    token_ids_B: torch.Tensor
+    status_B: torch.Tensor
+    logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    digests: list[tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """Tokens being drawn and scored. `drawn` are those on the device, which the next step may read at once; `is_done`
+    is when everything has come to the host, None where it has already."""
+
+    wants: Series[Want]
+    parts: tuple[_Part, ...]
+    drawn: Drawn | None
+    is_done: torch.cuda.Event | None
+
+
 @dataclass(slots=True)
 class Sampler:
     tokenizer: Tokenizer
     vocab_size: int
     device: torch.device
     engine_version: str
+    protected_ids: torch.Tensor = field(init=False)
 
-    def sample(self, wants: Series[Want], scores: Scores) -> list[Outcome]:
-        """One outcome a want, in order."""
+    def __post_init__(self) -> None:
+        self.protected_ids = self._ids(self.tokenizer.control_ids)
+
+    def launch(self, wants: Series[Want], scores: Scores) -> InFlight:
         draws = [want for want in wants if want.target_id is None]
         given = [want for want in wants if want.target_id is not None]
-        outcomes = {id(o.want): o for o in [*self._draw(draws, scores), *self._score(given, scores)]}
-        return [outcomes[id(want)] for want in wants]
+        parts, drawn = [], None
+        if draws:
+            out = self._draw(draws, scores)
+            drawn = Drawn(out.token_ids_B, {want.sequence: row for row, want in enumerate(draws)})
+            parts.append(self._part(draws, out, to_host(out.token_ids_B)))
+        if given:
+            parts.append(self._score(given, scores))
+        return InFlight(wants, tuple(parts), drawn, self._mark())
 
-    def _draw(self, wants: Series[Want], scores: Scores) -> list[Outcome]:
-        if not wants:
-            return []
+    def collect(self, in_flight: InFlight) -> list[Outcome]:
+        """One outcome a want, in order."""
+        if in_flight.is_done is not None:
+            in_flight.is_done.synchronize()
+        found = [self._outcomes(part) for part in in_flight.parts]
+        if len(found) == 1:
+            return found[0]
+        outcomes = {id(outcome.want): outcome for part in found for outcome in part}
+        return [outcomes[id(want)] for want in in_flight.wants]
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _draw(self, wants: Series[Want], scores: Scores) -> SampleOutput:
         rows = [self._row(want) for want in wants]
-        out = ops.fused_sample(
+        return ops.fused_sample(
             scores.logits_RW,
             rows,
             vocab_size=self.vocab_size,
-            protected_ids=self._protected(),
+            protected_ids=self.protected_ids,
             late=scores.late,
         )
-        return self._outcomes(wants, out, out.token_ids_B.tolist())
 
-    def _score(self, wants: Series[Want], scores: Scores) -> list[Outcome]:
-        if not wants:
-            return []
+    def _score(self, wants: Series[Want], scores: Scores) -> _Part:
         rows = [self._scoring_row(want) for want in wants]
-        targets = [want.target_id for want in wants]
+        targets = torch.tensor([want.target_id for want in wants])
         out = ops.fused_score(
             scores.logits_RW,
             rows,
-            torch.tensor(targets, device=self.device),
+            to_device(targets, self.device),
             vocab_size=self.vocab_size,
-            protected_ids=self._protected(),
+            protected_ids=self.protected_ids,
             late=scores.late,
         )
-        return self._outcomes(wants, out, [int(target or 0) for target in targets])
+        return self._part(wants, out, targets)
 
-    def _outcomes(
-        self, wants: Series[Want], out: SampleOutput | ScoreOutput, token_ids: list[int]
-    ) -> list[Outcome]:
-        logprobs, statuses = out.logprob_B.tolist(), out.status_B.tolist()
-        top_ids, top_logprobs = out.top_ids_BN.tolist(), out.top_logprobs_BN.tolist()
+    def _part(self, wants: Series[Want], out: SampleOutput | ScoreOutput, token_ids_B: torch.Tensor) -> _Part:
+        logprobs = None
+        if any(self._num_logprobs(want) is not None for want in wants):
+            logprobs = to_host(out.logprob_B), to_host(out.top_ids_BN), to_host(out.top_logprobs_BN)
+        return _Part(wants, token_ids_B, to_host(out.status_B), logprobs, out.digests)
+
+    def _outcomes(self, part: _Part) -> list[Outcome]:
+        statuses, token_ids = part.status_B.tolist(), part.token_ids_B.tolist()
+        logprobs = None if part.logprobs is None else [column.tolist() for column in part.logprobs]
         outcomes = []
-        for row, want in enumerate(wants):
-            receipt = self._receipt(want.sequence.plan, out.digests[row])
+        for row, want in enumerate(part.wants):
+            receipt = self._receipt(want.sequence.plan, part.digests[row])
             error = _error(statuses[row])
             logprob = None
-            if error is None and self._num_logprobs(want) is not None:
+            if error is None and logprobs is not None and self._num_logprobs(want) is not None:
+                values, top_ids, top_logprobs = logprobs
                 top = zip(top_ids[row], top_logprobs[row], strict=True)
                 best = tuple((i, self.tokenizer.token_text(i), value) for i, value in top if i >= 0)
-                logprob = self._token_logprob(token_ids[row], logprobs[row], best[: self._num_logprobs(want)])
+                logprob = self._token_logprob(token_ids[row], values[row], best[: self._num_logprobs(want)])
             outcomes.append(Outcome(want, token_ids[row], logprob, receipt, error))
         return outcomes
 
@@ -125,7 +177,8 @@ class Sampler:
     def _row(self, want: Want) -> SampleRow:
         sequence, params = want.sequence, want.sequence.params
         repeats = params.repetition_penalty != 1.0
-        penalises = repeats or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        num_drawn = want.position - len(sequence.prompt_ids)
+        assert not params.penalises or num_drawn == len(sequence.output_ids), "a penalty for tokens unknown"
         return SampleRow(
             row_b=want.row,
             terms=_terms(sequence.plan, want.stream_rows),
@@ -140,9 +193,9 @@ class Sampler:
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             prompt_ids=self._ids(sequence.prompt_ids) if repeats else None,
-            output_ids=self._ids(sequence.output_ids) if penalises else None,
+            output_ids=self._ids(sequence.output_ids) if params.penalises else None,
             logit_bias=self._bias(sequence),
-            banned_ids=self._banned(sequence),
+            banned_ids=self._banned(sequence, num_drawn),
             num_logprobs=params.logprobs or 0,
             is_measured=params.logprobs is not None,
         )
@@ -151,19 +204,16 @@ class Sampler:
         bias = sequence.params.logit_bias
         if not bias:
             return None
-        return self._ids(list(bias)), torch.tensor(list(bias.values()), device=self.device)
+        return self._ids(list(bias)), to_device(torch.tensor(list(bias.values())), self.device)
 
-    def _banned(self, sequence: Sequence) -> torch.Tensor | None:
+    def _banned(self, sequence: Sequence, num_drawn: int) -> torch.Tensor | None:
         """Nothing that would end the text is drawn before min_tokens."""
-        if len(sequence.output_ids) >= sequence.params.min_tokens:
+        if num_drawn >= sequence.params.min_tokens:
             return None
         return self._ids(sorted({*self.tokenizer.eos_ids, *sequence.params.stop_token_ids}))
 
     def _ids(self, token_ids: Series[int]) -> torch.Tensor:
-        return torch.tensor(list(token_ids), dtype=torch.long, device=self.device)
-
-    def _protected(self) -> torch.Tensor:
-        return self._ids(self.tokenizer.control_ids)
+        return to_device(torch.tensor(list(token_ids), dtype=torch.long), self.device)
 
 
 def _terms(plan: Plan, stream_rows: tuple[int, ...]) -> tuple[Term, ...]:

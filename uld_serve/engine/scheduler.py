@@ -5,25 +5,21 @@ Who decodes goes before who still runs a prompt, else oldest first; tenants with
 before others. A step has a budget of rows, assistant rows counted. Blocks are taken as tokens come; when a pool has
 none left the newest running sequence that holds some of it gives all its blocks back and starts again later
 (preemption by recompute).
+
+What it schedules is in flight until `advance` or `take_back`. While a step is in flight the next one may be scheduled,
+as if nobody ended in it.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from uld_serve.config import EngineConfig
 from uld_serve.engine.block_pool import BlockPool
 from uld_serve.engine.pools import Pools
-from uld_serve.engine.sequence import Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """Run the next `count` tokens of `sequence`."""
-
-    sequence: Sequence
-    count: int
+from uld_serve.engine.sequence import Scheduled, Sequence
 
 
 @dataclass(slots=True)
@@ -54,28 +50,55 @@ class Scheduler:
         self._free(sequence, is_suspect=is_suspect)
 
     def schedule(self) -> list[Scheduled]:
+        """The next step, when nothing is in flight."""
+        return _start(self._choose(self._make_room))
+
+    def schedule_ahead(self) -> list[Scheduled]:
+        """The next step while one is in flight. Nobody is preempted for it, and nothing is in it where that step must
+        be known first: a draw hangs on its tokens, or blocks are lacking that may come free."""
+        if any(one.params.penalises and one.num_pending and one.remaining for one in self.running):
+            return []
+        lacks_blocks = False
+
+        def has_room(sequence: Sequence, count: int) -> bool:
+            nonlocal lacks_blocks
+            lacks_blocks = lacks_blocks or not self.pools.try_extend(sequence, sequence.num_started + count)
+            return not lacks_blocks
+
+        scheduled = self._choose(has_room)
+        return [] if lacks_blocks else _start(scheduled)
+
+    def _choose(self, has_room: Callable[[Sequence, int], bool]) -> list[Scheduled]:
         scheduled: list[Scheduled] = []
         budget = self.config.max_step_rows
         for sequence in sorted(self.running, key=lambda one: one.remaining > 1):
             if sequence not in self.running:  # preempted by an older one in this very step
                 continue
             count = self._affordable(sequence, budget)
-            if count and self._make_room(sequence, count):
-                scheduled.append(Scheduled(sequence, count))
+            if count and has_room(sequence, count):
+                scheduled.append(sequence.next(count))
                 budget -= self.num_rows(sequence, count)
         # An older one may have taken the blocks of a newer one that was scheduled before it.
         still_running = {id(sequence) for sequence in self.running}
         scheduled = [item for item in scheduled if id(item.sequence) in still_running]
-        if len(self.running) == len(scheduled):  # nobody running was left out, so newcomers may join
+        # Those about to end have nothing to run. If nobody else was left out, newcomers may join.
+        if sum(sequence.remaining > 0 for sequence in self.running) == len(scheduled):
             self._admit(scheduled, budget)
         return scheduled
 
     def advance(self, item: Scheduled) -> None:
-        """The scheduled tokens have been run: count them, and publish blocks that are full now."""
+        """The scheduled tokens have been run and went well: count them, and publish blocks that are full now."""
         sequence, block_size = item.sequence, self.pools.block_size
-        first_new = sequence.num_computed // block_size
-        sequence.num_computed += item.count
+        sequence.in_flight.remove(item)
+        first_new = item.first // block_size
+        sequence.num_computed = item.first + item.count
         self.pools.publish(sequence, first_new, sequence.num_computed // block_size)
+
+    def take_back(self, scheduled: Iterable[Scheduled]) -> None:
+        """As if these, the last ones scheduled, had never been."""
+        for item in scheduled:
+            if item.is_live:
+                item.sequence.in_flight.remove(item)
 
     def num_rows(self, sequence: Sequence, count: int) -> int:
         """Rows of the widened batch: `count` target rows, as many for each stream with keys and values of its own,
@@ -89,7 +112,13 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         self.pools.check_integrity(self.running)
-        assert not any(sequence.block_ids for sequence in self.waiting), "a waiting sequence holds blocks"
+        assert not any(one.block_ids for one in self.waiting), "a waiting sequence holds blocks"
+        assert not any(one.in_flight for one in self.waiting), "a waiting sequence is in flight"
+        for one in self.running:
+            ends = [one.num_computed, *(item.first + item.count for item in one.in_flight)]
+            assert [item.first for item in one.in_flight] == ends[:-1], "tokens in flight with a gap"
+            room = len(one.block_ids) * self.pools.block_size
+            assert one.num_started <= min(room, one.max_len), "tokens in flight without room"
 
     def _admit(self, scheduled: list[Scheduled], budget: int) -> None:
         """Nobody is let in for whom a step would have no row once all decode: the newest would wait for the oldest to
@@ -110,7 +139,7 @@ class Scheduler:
             self.running.append(sequence)
             sequence.is_preempted = False
             room -= sequence.plan.rows_a_token
-            scheduled.append(Scheduled(sequence, count))
+            scheduled.append(sequence.next(count))
             budget -= self.num_rows(sequence, count)
 
     def _next(self) -> Sequence:
@@ -132,7 +161,7 @@ class Scheduler:
 
         The oldest can take from all others, in every pool, so it always gets on.
         """
-        num_tokens = sequence.num_computed + count
+        num_tokens = sequence.num_started + count
         while not self.pools.try_extend(sequence, num_tokens):
             short = self.pools.lacking(sequence, num_tokens)
             newest = next(one for one in reversed(self.running) if any(x.pool == short for x in one.lanes))
@@ -158,5 +187,16 @@ class Scheduler:
         sequence.num_computed = found * block_size
 
     def _free(self, sequence: Sequence, *, is_suspect: bool = False) -> None:
-        self.pools.free(sequence, is_suspect=is_suspect)
+        """What is in flight writes to the last blocks, and nobody looks whether that goes well."""
+        suspect_from = None
+        if is_suspect or sequence.in_flight:
+            suspect_from = 0 if is_suspect else sequence.num_computed // self.pools.block_size
+        self.pools.free(sequence, suspect_from=suspect_from)
         sequence.num_computed = 0
+        sequence.in_flight = []
+
+
+def _start(scheduled: list[Scheduled]) -> list[Scheduled]:
+    for item in scheduled:
+        item.sequence.in_flight.append(item)
+    return scheduled

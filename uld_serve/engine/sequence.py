@@ -1,4 +1,5 @@
-"""The engine's state of one request: tokens so far, blocks held, how much is computed. Knows no tensor."""
+"""The engine's state of one request: tokens so far, blocks held, how much is computed and how much is in flight. Knows
+no tensor."""
 
 from __future__ import annotations
 
@@ -19,9 +20,27 @@ class Lane:
     block_ids: list[int] = field(default_factory=list)
 
 
+@dataclass(slots=True, eq=False)  # one a row and step: freezing costs as much as all else that makes it
+class Scheduled:
+    """Tokens [first, first + count) of a sequence, to be run in one step. `scored`: the positions among them whose
+    following prompt token is scored; `draws`: whether a token is drawn after the last."""
+
+    sequence: Sequence
+    first: int
+    count: int
+    scored: range
+    draws: bool
+
+    @property
+    def is_live(self) -> bool:
+        """Whether anybody waits for what it gives: not after its sequence has ended or given its blocks back."""
+        return self in self.sequence.in_flight
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`num_computed` tokens have their keys and values in the blocks of every lane; the rest are still to be run.
+    """`num_computed` tokens have their keys and values in the blocks of every lane, and the engine has seen that they
+    went well; those `in_flight` were given to the device; the rest are still to be run.
 
     All lanes cover the same positions; the first is the target's. `max_len` is how many tokens it can get to.
     """
@@ -37,6 +56,7 @@ class Sequence:
     is_preempted: bool = False
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    in_flight: list[Scheduled] = field(default_factory=list)
     lanes: list[Lane] = field(default_factory=list)
     num_cached: int | None = None
     prompt_scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
@@ -49,12 +69,34 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
+        """Those that the host knows."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
+    def num_pending(self) -> int:
+        """Tokens drawn, or to be drawn by what is in flight, that the host does not know yet."""
+        return sum(item.draws for item in self.in_flight) if self.params.max_tokens else 0
+
+    @property
+    def num_started(self) -> int:
+        """Tokens that have been given to the device."""
+        return self.in_flight[-1].first + self.in_flight[-1].count if self.in_flight else self.num_computed
+
+    @property
     def remaining(self) -> int:
-        """Tokens still to be run before the next one can be drawn."""
-        return self.num_tokens - self.num_computed
+        """Tokens still to be run before the next one can be drawn, a pending one counted; none once the last one that
+        it may have is pending."""
+        if not self.in_flight:
+            return self.num_tokens - self.num_computed
+        num_pending = self.num_pending
+        if num_pending and self.is_full(num_pending):
+            return 0
+        return self.num_tokens + num_pending - self.num_started
+
+    def is_full(self, num_pending: int = 0) -> bool:
+        """Whether it ends for its length, once the pending tokens are known."""
+        num_outputs = len(self.output_ids) + num_pending
+        return num_outputs >= self.params.max_tokens or len(self.prompt_ids) + num_outputs >= self.max_len
 
     @property
     def scores_prompt(self) -> bool:
@@ -74,6 +116,10 @@ class Sequence:
             return self.prompt_ids[start : start + count]
         return self.prompt_ids[start:] + self.output_ids[: start + count - prompt]
 
+    def next(self, count: int) -> Scheduled:
+        """The next `count` tokens."""
+        return Scheduled(self, self.num_started, count, self.scored_positions(count), self.draws_after(count))
+
     def scored_positions(self, count: int) -> range:
         """Of the next `count` positions, those whose following prompt token is to be scored now.
 
@@ -81,8 +127,8 @@ class Sequence:
         """
         if not self.scores_prompt:
             return range(0)
-        first = max(self.num_computed, len(self.prompt_scores) - 1)
-        return range(first, min(self.num_computed + count, len(self.prompt_ids) - 1))
+        first = max(self.num_started, len(self.prompt_scores) - 1)
+        return range(first, min(self.num_started + count, len(self.prompt_ids) - 1))
 
     def draws_after(self, count: int) -> bool:
         """Whether running the next `count` tokens ends in a draw.
@@ -91,4 +137,4 @@ class Sequence:
         thrown away.
         """
         draws = self.params.max_tokens > 0 or len(self.prompt_ids) == 1
-        return draws and self.num_computed + count == self.num_tokens
+        return draws and count == self.remaining
