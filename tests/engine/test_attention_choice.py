@@ -1,4 +1,4 @@
-"""An engine whose decode steps go through the block table itself gives the tokens of torch's attention, run as they
+"""An engine whose attention goes through the block table itself gives the tokens of torch's attention, run as they
 are and recorded."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from uld_serve.engine.cuda_graphs import GraphedRunner
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import Decision
 from uld_serve.engine.request import SamplingParams
-from uld_serve.model.attention_backends import AttentionBackend, paged_decode
+from uld_serve.model.attention_backends import AttentionBackend, paged_decode, paged_prefill
 
 
 def tokens(engine: Engine, tiny: Tiny) -> dict[str, list[int]]:
@@ -35,7 +35,7 @@ def test_both_attentions_give_the_same_tokens(
     expected = tokens(make_engine(), tiny)
     engine = make_engine()
     engine.planner.defers_logits = False
-    engine.runner.decoder.attention = AttentionBackend("triton", paged_decode)
+    engine.runner.decoder.attention = AttentionBackend("triton", paged_decode, paged_prefill)
     if is_recorded:
         engine.runner = GraphedRunner.around(engine.runner, RecordedRun, max_rows=8)
     assert tokens(engine, tiny) == expected

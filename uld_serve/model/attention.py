@@ -27,13 +27,14 @@ def attend(layer: int, qkv_NX: torch.Tensor, geometry: Geometry, heads: Heads) -
     for write in geometry.writes:
         joint_TX = qkv_NX[write.first : write.end, width:]
         write.cache.write(layer - write.first_layer, write.slots_T, joint_TX)
-    if geometry.decode is None and len(geometry.groups) == 1:
+    if len(geometry.groups) == 1 and geometry.attention_of(geometry.groups[0]) is None:
         out_NX, _ = _attend_group(layer, qkv_NX, geometry.groups[0], heads)
         return out_NX
     out_NX = qkv_NX.new_empty(qkv_NX.shape[0], width)
     for group in geometry.groups:
-        if group.same_position and geometry.decode is not None:
-            geometry.decode(layer, qkv_NX, group, heads, out_NX)
+        backend = geometry.attention_of(group)
+        if backend is not None:
+            backend(layer, qkv_NX, group, heads, out_NX)
             continue
         found_PX, target_P = _attend_group(layer, qkv_NX, group, heads)
         out_NX.index_copy_(0, target_P, found_PX)

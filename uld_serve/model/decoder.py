@@ -131,7 +131,8 @@ class Decoder:
         return Scores(self.head.logits(hidden_RD[:num_whole]), late)
 
     def _hidden(self, batch: RowBatch, caches: Caches) -> torch.Tensor:
-        contexts = Contexts.of(batch.sequences, batch.positions_T.device)
+        joins_prompts = self.attention.prefill is not None
+        contexts = Contexts.of(batch.sequences, batch.positions_T.device, joins_prompts=joins_prompts)
         hidden_ND = self.embed(batch.token_ids_T)
         tables = self._rotary_tables(hidden_ND, batch.positions_T)
         order: list[int] = []
@@ -166,7 +167,7 @@ class Decoder:
             positions_N = torch.cat([positions_N, positions_N[sources]])
             seated = {kind: _with_riders(table, sources) for kind, table in tables.items()}
         seen = geometry(batch, span, positions_N=positions_N, caches=caches, contexts=contexts)
-        seen = replace(seen, decode=self.attention.decode)
+        seen = replace(seen, decode=self.attention.decode, prefill=self.attention.prefill)
         self._seat_adapters(batch, span)
         try:
             for index, layer in enumerate(self.layers[span.first : span.end], start=span.first):

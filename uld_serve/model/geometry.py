@@ -38,12 +38,14 @@ class Seats:
 
 @dataclass(slots=True)
 class SequenceGroup:
-    """Lanes of one cache that attend in one call: all that decode together, or one that prefills.
+    """Lanes of one cache that attend in one call: all that decode together, and one that prefills, or all that do.
 
     `cache` holds the model's layer `first_layer` as its layer 0. rows_SQ: row of the layer's batch each query comes
-    from (padding repeats a row). positions_SQ: the query's position. blocks_SB: cache blocks of each context,
-    C = B * block_size positions. moves: flat (S*Q) index and row of every real query, to write results back; None
-    where the queries are the S*Q rows from `first` on, in order, so that nothing has to be moved.
+    from; padding repeats a row, or is negative where all that prefill are one group. positions_SQ: each query's own.
+    blocks_SB: cache blocks of each context, C = B * block_size positions. moves: flat (S*Q) index and row of every real
+    query, to write results back; None where the queries are the S*Q rows from `first` on, in order, so that nothing has
+    to be moved. num_targets: how many of each sequence's queries, its first, stand at consecutive positions; what
+    follows stands anywhere before. tables: what a backend makes of these once for all layers, by its name.
     """
 
     cache: KVCache
@@ -54,8 +56,10 @@ class SequenceGroup:
     moves: tuple[torch.Tensor, torch.Tensor] | None
     first: int
     same_position: bool
+    num_targets: tuple[int, ...] = ()
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _seats: dict[tuple[int, int], Seats] = field(default_factory=dict)
+    tables: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     _context_rows: torch.Tensor | None = None
 
     @property
@@ -157,15 +161,19 @@ class Write:
     slots_T: torch.Tensor
 
 
-Decode = Callable[[int, torch.Tensor, SequenceGroup, Heads, torch.Tensor], None]
-"""(layer, qkv_NX, group, heads, out_NX): writes what a group at one position gets into its rows of out_NX."""
+Attend = Callable[[int, torch.Tensor, SequenceGroup, Heads, torch.Tensor], None]
+"""(layer, qkv_NX, group, heads, out_NX): writes what a group gets into its rows of out_NX."""
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """Writes come before reads. Every row is in exactly one group. The same for all layers between two forks or
-    exits. `decode` serves groups at one position, where it is not torch's own attention."""
+    exits. `decode` serves groups at one position, `prefill` the others, where it is not torch's own attention."""
 
     writes: tuple[Write, ...]
     groups: tuple[SequenceGroup, ...]
-    decode: Decode | None = None
+    decode: Attend | None = None
+    prefill: Attend | None = None
+
+    def attention_of(self, group: SequenceGroup) -> Attend | None:
+        return self.decode if group.same_position else self.prefill

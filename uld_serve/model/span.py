@@ -116,25 +116,32 @@ def _riders(batch: RowBatch) -> list[Rider]:
 @dataclass(frozen=True, slots=True)
 class Contexts:
     """Which sequences' target lanes attend in one call, and their context's blocks; the same for every layer of a
-    step."""
+    step. `joins_prompts`: all that prefill in one call, for a backend that can; else each in its own."""
 
     groups: tuple[tuple[tuple[int, ...], torch.Tensor, bool], ...]
+    joins_prompts: bool = False
 
     @classmethod
-    def of(cls, sequences: Sequence[SequenceRows | OwnRows], device: torch.device) -> Contexts:
+    def of(
+        cls, sequences: Sequence[SequenceRows | OwnRows], device: torch.device, *, joins_prompts: bool = False
+    ) -> Contexts:
         decoding = tuple(i for i, sequence in enumerate(sequences) if sequence.count == 1)
         groups: list[tuple[tuple[int, ...], torch.Tensor, bool]] = []
+        prompts = tuple(i for i, sequence in enumerate(sequences) if sequence.count > 1)
         if decoding:
-            width = max(len(sequences[i].blocks) for i in decoding)
-            # Padding lies beyond every query's position, so it is masked. It repeats a block of the sequence's own:
-            # a weight of 0 would not hide NaN in another's.
-            own = [list(sequences[i].blocks) for i in decoding]
-            padded = [blocks + blocks[:1] * (width - len(blocks)) for blocks in own]
-            groups.append((decoding, torch.tensor(padded, device=device), True))
-        for i, sequence in enumerate(sequences):
-            if sequence.count > 1:
-                groups.append(((i,), torch.tensor([list(sequence.blocks)], device=device), False))
-        return cls(tuple(groups))
+            groups.append((decoding, _table([sequences[i].blocks for i in decoding], device), True))
+        for members in [prompts] if joins_prompts and prompts else [(i,) for i in prompts]:
+            groups.append((members, _table([sequences[i].blocks for i in members], device), False))
+        return cls(tuple(groups), joins_prompts)
+
+
+def _table(contexts: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Blocks of each, as one table (S, B)."""
+    width = max(map(len, contexts))
+    # Padding lies beyond every query's position, so it is masked. It repeats a block of the sequence's own: a weight of
+    # 0 would not hide NaN in another's.
+    padded = [[*blocks, *blocks[:1] * (width - len(blocks))] for blocks in map(list, contexts)]
+    return torch.tensor(padded, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +166,8 @@ def geometry(
         lanes, starts = zip(*members, strict=True)
         slots = torch.tensor([slot for lane in lanes for slot in lane.slots], device=positions_N.device)
         writes.append(Write(caches.own, fork, starts[0], starts[0] + slots.shape[0], slots))
-        groups += _own_groups(lanes, starts, positions_N, caches.own)
+        seen = Contexts.of(lanes, positions_N.device, joins_prompts=contexts.joins_prompts)
+        groups += _own_groups(lanes, starts, positions_N, caches.own, seen)
     return Geometry(tuple(writes), tuple(groups))
 
 
@@ -179,51 +187,81 @@ def _target_groups(
         return [*targets, *(row for target in targets for row in borrowing.get(target, ()))]
 
     return [
-        _group([rows_of(batch.sequences[i]) for i in members], blocks_SB, is_decode, positions_N, cache, 0)
+        _grouped(
+            [rows_of(batch.sequences[i]) for i in members],
+            [batch.sequences[i].count for i in members],
+            blocks_SB,
+            positions_N,
+            _Kind(cache, 0, is_decode, contexts.joins_prompts),
+        )
         for members, blocks_SB, is_decode in contexts.groups
     ]
 
 
 def _own_groups(
-    lanes: Sequence[OwnRows], starts: Sequence[int], positions_N: torch.Tensor, cache: KVCache
-) -> list[SequenceGroup]:
-    groups = []
-    for members, blocks_SB, is_decode in Contexts.of(lanes, positions_N.device).groups:
-        rows = [list(range(starts[i], starts[i] + lanes[i].count)) for i in members]
-        groups.append(_group(rows, blocks_SB, is_decode, positions_N, cache, lanes[0].fork))
-    return groups
-
-
-def _group(
-    rows: list[list[int]],
-    blocks_SB: torch.Tensor,
-    is_decode: bool,
+    lanes: Sequence[OwnRows],
+    starts: Sequence[int],
     positions_N: torch.Tensor,
     cache: KVCache,
-    first_layer: int,
+    contexts: Contexts,
+) -> list[SequenceGroup]:
+    return [
+        _grouped(
+            [list(range(starts[i], starts[i] + lanes[i].count)) for i in members],
+            [lanes[i].count for i in members],
+            blocks_SB,
+            positions_N,
+            _Kind(cache, lanes[0].fork, is_decode, contexts.joins_prompts),
+        )
+        for members, blocks_SB, is_decode in contexts.groups
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    cache: KVCache
+    first_layer: int
+    is_decode: bool
+    joins_prompts: bool
+
+
+def _grouped(
+    rows: list[list[int]],
+    counts: Sequence[int],
+    blocks_SB: torch.Tensor,
+    positions_N: torch.Tensor,
+    kind: _Kind,
 ) -> SequenceGroup:
-    device = blocks_SB.device
-    width = max(len(own) for own in rows)
-    if not is_decode:
+    """Rows of each sequence, filled up: with copies of its first, or, where a backend takes all prompts at once, with
+    rows that are not there, so that nothing is computed for them."""
+    width, joined = max(map(len, rows)), kind.joins_prompts and not kind.is_decode
+    if not kind.is_decode and not joined:
         width = -(-width // QUERY_MULTIPLE) * QUERY_MULTIPLE
-    padded = [own + own[:1] * (width - len(own)) for own in rows]
-    rows_SQ = torch.tensor(padded, device=device)
-    flat = [row for own in padded for row in own]
-    moves = None
-    if flat != list(range(flat[0], flat[0] + len(flat))):
-        source_P = [s * width + q for s, own in enumerate(rows) for q in range(len(own))]
-        target_P = [row for own in rows for row in own]
-        moves = torch.tensor(source_P, device=device), torch.tensor(target_P, device=device)
+    padded = [own + ([-1] if joined else own[:1]) * (width - len(own)) for own in rows]
+    rows_SQ = torch.tensor(padded, device=blocks_SB.device)
     return SequenceGroup(
-        cache=cache,
-        first_layer=first_layer,
+        cache=kind.cache,
+        first_layer=kind.first_layer,
         rows_SQ=rows_SQ,
         positions_SQ=positions_N[rows_SQ],
         blocks_SB=blocks_SB,
-        moves=moves,
-        first=flat[0],
-        same_position=is_decode,
+        moves=None if joined else _moves(rows, padded, blocks_SB.device),
+        first=padded[0][0],
+        same_position=kind.is_decode,
+        num_targets=tuple(counts),
     )
+
+
+def _moves(
+    rows: list[list[int]], padded: list[list[int]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Where every real query is among the padded ones, and its row; None where that is in order."""
+    width, flat = len(padded[0]), [row for own in padded for row in own]
+    if flat == list(range(flat[0], flat[0] + len(flat))):
+        return None
+    source_P = [s * width + q for s, own in enumerate(rows) for q in range(len(own))]
+    target_P = [row for own in rows for row in own]
+    return torch.tensor(source_P, device=device), torch.tensor(target_P, device=device)
 
 
 @dataclass(frozen=True, slots=True)
