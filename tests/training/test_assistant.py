@@ -11,9 +11,9 @@ from tiny_base import Tiny
 from tiny_run import SHORT, example, fresh_assistant, observed, settings_of, shake
 
 from uld_serve.model.borrowed import decoder_parts
-from uld_serve.training.assistant import MODULES, Assistant
+from uld_serve.training.assistant import Assistant
 from uld_serve.training.examples import Example, Kind
-from uld_serve.training.settings import METHODS, Method
+from uld_serve.training.methods.catalog import METHODS
 from uld_serve.training.states import IGNORED, Batch, collate
 
 SHORT_RETAIN = example(Kind.RETAIN, 3, 2)
@@ -25,18 +25,18 @@ def losses(assistant: Assistant, batch: Batch) -> dict[str, float]:
     return {name: value.item() for name, value in assistant(**batch).items()}
 
 
-def shaken(tiny: Tiny, method: Method = "margin") -> Assistant:
+def shaken(tiny: Tiny, method: str = "margin") -> Assistant:
     assistant = fresh_assistant(tiny, settings_of(method))
     shake(assistant)
     return assistant
 
 
-def batch_of(assistant: Assistant, *examples: Example, method: Method = "margin") -> Batch:
+def batch_of(assistant: Assistant, *examples: Example, method: str = "margin") -> Batch:
     return collate(observed(assistant, examples, settings_of(method)))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_reach_the_adapter_in_its_layers_and_nothing_else(tiny: Tiny, method: Method) -> None:
+def test_gradients_reach_the_adapter_in_its_layers_and_nothing_else(tiny: Tiny, method: str) -> None:
     assistant = shaken(tiny, method)
     settings = settings_of(method)
     assistant(**batch_of(assistant, SHORT_RETAIN, LONG_FORGET, method=method))["loss"].backward()
@@ -47,8 +47,8 @@ def test_gradients_reach_the_adapter_in_its_layers_and_nothing_else(tiny: Tiny, 
         for found in [re.search(r"layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])", name)]
         if found
     }
-    layers = range(settings.fork, settings.exit)
-    assert reached == {(layer, module, side) for layer in layers for module in MODULES for side in "AB"}
+    layers, modules = range(settings.fork, settings.exit), assistant.place.target_modules
+    assert reached == {(layer, module, side) for layer in layers for module in modules for side in "AB"}
     frozen = [parameter for name, parameter in assistant.named_parameters() if "lora" not in name]
     assert frozen
     assert not any(parameter.requires_grad for parameter in frozen)
@@ -59,7 +59,7 @@ def test_gradients_reach_the_adapter_in_its_layers_and_nothing_else(tiny: Tiny, 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_example_counts_the_same_alone_and_beside_longer_ones(tiny: Tiny, method: Method) -> None:
+def test_an_example_counts_the_same_alone_and_beside_longer_ones(tiny: Tiny, method: str) -> None:
     assistant = shaken(tiny, method)
     alone = losses(assistant, batch_of(assistant, SHORT_RETAIN, method=method))
     beside = losses(assistant, batch_of(assistant, LONG_FORGET, SHORT_RETAIN, method=method))
@@ -72,17 +72,18 @@ def test_an_example_counts_the_same_alone_and_beside_longer_ones(tiny: Tiny, met
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_lies_in_padding_changes_neither_loss_nor_gradient(tiny: Tiny, method: Method) -> None:
+def test_what_lies_in_padding_changes_neither_loss_nor_gradient(tiny: Tiny, method: str) -> None:
     assistant = shaken(tiny, method)
     clean = batch_of(assistant, SHORT_RETAIN, LONG_FORGET, method=method)
     soiled = cast(Batch, {name: value.clone() for name, value in clean.items()})
-    padded_BQ = clean["labels_BQ"] == IGNORED
+    padded_BQ = ~clean["is_answer_BQ"]
     padded_BT = ~clean["is_real_BT"]
     assert padded_BQ.any()
     assert padded_BT.any()
-    for name, value in (("fork_BQD", 50.0), ("final_BQD", 50.0), ("goals_BQ", 9.0), ("logits_BQC", 99.0)):
+    for name, value in (("final_BQD", 50.0), ("goals_BQ", 9.0), ("logits_BQC", 99.0)):
         soiled[name][padded_BQ] = value  # type: ignore[literal-required]
     soiled["columns_BQC"][padded_BQ] = 7
+    soiled["fork_BPD"][padded_BQ if assistant.place.borrows else padded_BT] = 50.0
     for states in (soiled["keys_SBKTW"], soiled["values_SBKTW"]):
         states.transpose(2, 3)[:, padded_BT] = 50.0
 
@@ -102,7 +103,8 @@ def test_a_label_marked_as_ignored_is_not_learnt(tiny: Tiny) -> None:
     assistant = shaken(tiny)
     batch = batch_of(assistant, LONG_FORGET, SHORT_RETAIN)
     cut = batch_of(assistant, example_cut(LONG_FORGET, 4), SHORT_RETAIN)
-    batch["labels_BQ"][0, 4:] = IGNORED
+    batch["labels_BP"][0, 4:] = IGNORED
+    batch["is_answer_BQ"][0, 4:] = False
     assert losses(assistant, batch) == pytest.approx(losses(assistant, cut), rel=1e-5)
 
 
@@ -179,9 +181,9 @@ def test_a_fresh_adapter_says_what_the_target_says(tiny: Tiny, fork: int) -> Non
     settings = settings_of("margin", fork=fork)
     assistant = fresh_assistant(tiny, settings)
     batch = collate(observed(assistant, [LONG_FORGET, SHORT_RETAIN], settings))
-    is_token_BQ = batch["labels_BQ"] != IGNORED
     a_NV = assistant.logits(assistant.hidden(batch))
-    torch.testing.assert_close(a_NV, assistant.logits(batch["final_BQD"][is_token_BQ]), rtol=0, atol=1e-5)
+    b_NV = assistant.logits(batch["final_BQD"][batch["is_answer_BQ"]])
+    torch.testing.assert_close(a_NV, b_NV, rtol=0, atol=1e-5)
     ids = torch.tensor([LONG_FORGET.prompt_ids + LONG_FORGET.answer_ids[:-1]])
     model_QV = tiny.base.model(ids).logits[0, len(LONG_FORGET.prompt_ids) - 1 :, : tiny.base.vocab_size]
     torch.testing.assert_close(a_NV[: len(LONG_FORGET.answer_ids)], model_QV, rtol=0, atol=1e-5)

@@ -14,7 +14,8 @@ from tiny_base import Tiny
 from tiny_run import FORGET, RETAIN, run_training, settings_of, write_jsonl, write_questions, write_sources
 
 from uld_serve.errors import DataError
-from uld_serve.training import answers, run
+from uld_serve.training import answers, probing, run
+from uld_serve.training.classroom import Watch
 from uld_serve.training.preparation import Sources
 
 QUICK = settings_of("margin", steps=14, save_steps=6)
@@ -22,7 +23,7 @@ QUICK = settings_of("margin", steps=14, save_steps=6)
 
 @pytest.fixture(autouse=True)
 def _short_replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "REPLAY_TOKENS", 4)  # half of a tiny run's time goes there
+    monkeypatch.setattr(probing, "REPLAY_TOKENS", 4)  # half of a tiny run's time goes there
 
 
 class Pulled(Exception):
@@ -49,7 +50,7 @@ def interrupt(tiny: Tiny, sources: Sources, out: Path) -> None:
     with pytest.raises(Pulled):
         run_training(tiny, sources, QUICK, out, report=pull_at(10))
     assert not out.exists()
-    assert (out.parent / f".{out.name}.training" / "checkpoints" / "checkpoint-6").is_dir()
+    assert (out.parent / f".{out.name}.training" / "adapter" / "checkpoint-6").is_dir()
 
 
 def test_a_resumed_run_writes_the_very_same_profile(
@@ -95,9 +96,7 @@ def test_resuming_what_was_told_otherwise_is_refused(tiny: Tiny, tmp_path: Path)
     with pytest.raises(DataError, match="other files"):
         run_training(tiny, sources, QUICK, out, resume=True)
     write_questions(sources.retain, RETAIN)
-    assert (
-        out.parent / ".out.training" / "checkpoints" / "checkpoint-6"
-    ).is_dir()  # still there to go on from
+    assert (out.parent / ".out.training" / "adapter" / "checkpoint-6").is_dir()  # still there to go on from
 
 
 def test_resuming_on_another_base_is_refused(
@@ -115,8 +114,7 @@ def test_resuming_on_another_base_is_refused(
             out=out,
             resume=True,
             readme=None,
-            stage=refuse_work,
-            report=pull_at(0),
+            watch=Watch(stage=refuse_work, report=pull_at(0)),
         )
 
 
@@ -171,8 +169,7 @@ def _train_without_work(
         out=out,
         resume=False,
         readme=None,
-        stage=refuse_work,
-        report=pull_at(0),
+        watch=Watch(stage=refuse_work, report=pull_at(0)),
     )
 
 

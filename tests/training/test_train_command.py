@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 import transformers.utils.logging as transformers_logging
@@ -16,13 +15,13 @@ from tiny_run import FORGET, KEYWORDS, RETAIN, write_questions
 
 from uld_serve.errors import DataError
 from uld_serve.profiles.store import read_profile
-from uld_serve.training import command
+from uld_serve.training import command, options, probing
 from uld_serve.training import run as run_module
 from uld_serve.training.documents import read_documents
+from uld_serve.training.methods.catalog import METHODS, PRESETS
 from uld_serve.training.preparation import Sources
-from uld_serve.training.settings import METHODS, Method, Settings, defaults
+from uld_serve.training.settings import CHOICES, Settings
 
-MARGIN_ONLY = ("goal", "common_goal", "slack", "detour_weight")
 DATA = ("--forget", "f.jsonl", "--retain", "r.jsonl")
 
 
@@ -35,56 +34,77 @@ def _transformers_logging_as_before() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def parse(*options: str, method: str = "margin", out: str = "out") -> argparse.Namespace:
+def parse(*given: str, method: str | None = "margin", out: str = "out") -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     command.add_parser(parser.add_subparsers())
-    return parser.parse_args(["train", "--method", method, "--out", out, *options])
+    how = [] if method is None else ["--method", method]
+    return parser.parse_args(["train", *how, "--out", out, *given])
 
 
-def settings(tiny: Tiny, *options: str, method: str = "margin", has_keywords: bool = False) -> Settings:
-    args = parse(*DATA, *options, method=method)
-    return command._settings(args, tiny.base, has_keywords=has_keywords)
+def settings(tiny: Tiny, *given: str, method: str | None = "margin", has_keywords: bool = False) -> Settings:
+    chosen = options.Chosen.of(parse(*DATA, *given, method=method))
+    return chosen.settings(tiny.base.num_layers, has_keywords=has_keywords)
 
 
-@pytest.mark.parametrize("field", list(command.SETTINGS))
+def owner(field: str) -> str:
+    """A method that has the setting."""
+    return next(name for name, one in METHODS.items() if field in one.options or not is_owned(field))
+
+
+def is_owned(field: str) -> bool:
+    return any(field in one.options for one in METHODS.values())
+
+
+OWNED = [field for field in options.SETTINGS if is_owned(field)]
+
+
+@pytest.mark.parametrize("field", list(options.SETTINGS))
 def test_each_option_reaches_its_field_and_no_other(tiny: Tiny, field: str) -> None:
-    value = {"fork": "1", "exit": "3", "lr": "0.125", "strength": "2.5"}.get(field, "3")
+    other = CHOICES.get(field, ("3",))[-1]
+    value = {"fork": "1", "exit": "3", "lr": "0.125", "strength": "2.5", "dropout": "0.25"}.get(field, other)
     has_keywords = field == "detour_weight"  # without them there is nothing for it to weigh
-    found = settings(tiny, f"--{field.replace('_', '-')}", value, has_keywords=has_keywords)
-    kind = get_type_hints(Settings)[field]
-    usual = settings(tiny, has_keywords=has_keywords)
-    assert getattr(usual, field) != kind(value)
-    assert found == replace(usual, **{field: kind(value)})
+    method = owner(field)
+    found = settings(tiny, f"--{field.replace('_', '-')}", value, method=method, has_keywords=has_keywords)
+    usual = settings(tiny, method=method, has_keywords=has_keywords)
+    typed = options.SETTINGS[field][0](value)
+    assert getattr(usual, field) != typed
+    assert found == replace(usual, **{field: typed})
 
 
 def test_a_weight_with_nothing_to_weigh_is_refused(tiny: Tiny) -> None:
-    for options in ((), ("--augment", "none")):
+    for given in ((), ("--augment", "none")):
         with pytest.raises(DataError, match="--detour-weight needs"):
-            settings(tiny, "--detour-weight", "3", *options, has_keywords=bool(options))
+            settings(tiny, "--detour-weight", "3", *given, has_keywords=bool(given))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_options_a_run_has_its_methods_defaults(tiny: Tiny, method: Method) -> None:
-    assert settings(tiny, method=method) == defaults(method, num_layers=tiny.base.num_layers)
+def test_without_options_a_run_has_its_methods_defaults(tiny: Tiny, method: str) -> None:
+    assert settings(tiny, method=method) == METHODS[method].defaults(tiny.base.num_layers)
 
 
-@pytest.mark.parametrize("method", ["uld", "rkld"])
-@pytest.mark.parametrize("field", MARGIN_ONLY)
-def test_options_of_margin_are_refused_for_other_methods(tiny: Tiny, method: str, field: str) -> None:
-    option = f"--{field.replace('_', '-')}"
-    with pytest.raises(DataError, match=f"{option} is for --method margin"):
-        settings(tiny, option, "3", method=method)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("field", OWNED)
+def test_an_option_of_other_methods_is_refused(tiny: Tiny, method: str, field: str) -> None:
+    if field in METHODS[method].options:
+        return
+    option, value = f"--{field.replace('_', '-')}", CHOICES.get(field, ("3",))[-1]
+    with pytest.raises(DataError, match=f"{option} is for --method {owner(field)}"):
+        settings(tiny, option, value, method=method)
 
 
-@pytest.mark.parametrize("field", [name for name, (kind, _) in command.SETTINGS.items() if name != "seed"])
+NUMBERS = [name for name in options.SETTINGS if name != "seed" and name not in CHOICES]
+
+
+@pytest.mark.parametrize("field", NUMBERS)
 @pytest.mark.parametrize("value", ["-1", "nan", "inf"])
 def test_values_that_make_no_sense_are_refused_by_option(tiny: Tiny, field: str, value: str) -> None:
-    if command.SETTINGS[field][0] is int and value != "-1":
+    option = f"--{field.replace('_', '-')}"
+    if options.SETTINGS[field][0] is int and value != "-1":
         with pytest.raises(SystemExit):
-            parse(*DATA, f"--{field.replace('_', '-')}", value)
+            parse(*DATA, option, value)
         return
-    with pytest.raises(DataError, match=f"--{field.replace('_', '-')}"):
-        settings(tiny, f"--{field.replace('_', '-')}", value)
+    with pytest.raises(DataError, match=option):
+        settings(tiny, option, value, method=owner(field))
 
 
 def test_an_assistant_must_enter_before_it_leaves(tiny: Tiny) -> None:
@@ -93,14 +113,53 @@ def test_an_assistant_must_enter_before_it_leaves(tiny: Tiny) -> None:
 
 
 def test_defaults_fit_a_shallow_and_a_deep_base() -> None:
-    assert [(s.fork, s.exit) for s in (defaults(m, num_layers=4) for m in METHODS)] == [(0, 4)] * 3
-    late, truncated = (22, 30), (0, 8)
-    found = {method: defaults(method, num_layers=30) for method in METHODS}
-    assert {method: (s.fork, s.exit) for method, s in found.items()} == {
-        "margin": late,
-        "rkld": late,
-        "uld": truncated,
-    }
+    late, truncated, whole = (22, 30), (0, 8), (0, 30)
+    for name, method in METHODS.items():
+        assert (method.defaults(4).fork, method.defaults(4).exit) == (0, 4)
+        found = method.defaults(30)
+        expected = truncated if name == "uld" else whole if method.changes_target else late
+        assert (found.fork, found.exit) == expected
+        assert found.kv == ("own" if method.changes_target else "borrowed")
+
+
+def test_a_run_has_a_method(tiny: Tiny) -> None:
+    with pytest.raises(DataError, match="give --method: margin, uld, "):
+        settings(tiny, method=None)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_sets_its_numbers_and_says_where_they_stand(tiny: Tiny, preset: str) -> None:
+    base = replace(tiny.base, num_layers=30)
+    chosen = options.Chosen.of(parse(*DATA, "--preset", preset, "--rank", "3", method=None))
+    found = chosen.settings(base.num_layers, has_keywords=False)
+    told = list(chosen.told())
+    assert found.method == PRESETS[preset].method
+    for (field, (value, where)), line in zip(PRESETS[preset].values.items(), told, strict=True):
+        assert getattr(found, field) == (3 if field == "rank" else value)
+        assert f"--{field.replace('_', '-')} {value}" in line
+        assert where in line
+        assert ("given here: 3" in line) == (field == "rank")
+
+
+def test_a_preset_of_another_method_or_two_at_once_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(DataError, match="--preset uld-paper is for --method uld"):
+        settings(tiny, "--preset", "uld-paper", method="margin")
+    with pytest.raises(DataError, match="give one of the presets uld-paper and rkld-paper"):
+        settings(tiny, "--preset", "uld-paper", "--preset", "rkld-paper", method=None)
+
+
+def test_steps_given_take_the_place_of_a_presets_epochs(tiny: Tiny) -> None:
+    found = settings(tiny, "--preset", "uld-paper", "--exit", "4", "--steps", "7", method=None)
+    assert (found.steps, found.epochs) == (7, None)
+    assert found.for_data(num_forget=1000).steps == 7
+    with pytest.raises(DataError, match="give --steps or --epochs, not both"):
+        settings(tiny, "--steps", "7", "--epochs", "2")
+
+
+def test_epochs_are_passes_over_the_forget_examples(tiny: Tiny) -> None:
+    found = settings(tiny, "--epochs", "2.5", "--forget-batch", "8", "--grad-accum", "2")
+    assert found.for_data(num_forget=100).steps == 16  # 250 examples, 16 a step
+    assert found.for_data(num_forget=1).steps == 1
 
 
 def test_margin_looks_for_other_answers_if_it_knows_the_keywords(tiny: Tiny) -> None:
@@ -118,7 +177,7 @@ def test_margin_looks_for_other_answers_if_it_knows_the_keywords(tiny: Tiny) -> 
 def test_augmenting_without_keywords_or_margin_is_refused(tiny: Tiny) -> None:
     with pytest.raises(DataError, match="--augment self needs --keywords"):
         settings(tiny, "--augment", "self")
-    with pytest.raises(DataError, match="--augment is for --method margin"):
+    with pytest.raises(DataError, match="--augment self is for --method margin"):
         settings(tiny, "--augment", "self", method="rkld", has_keywords=True)
 
 
@@ -142,8 +201,8 @@ def test_sources_are_as_told(keywords: str) -> None:
         ("--keywords", keywords, "--probes", "none"): named,
         ("--keywords", keywords, *probes): held_out,
     }
-    for options, expected in told.items():
-        assert command._sources(parse(*DATA, *options)) == expected
+    for given, expected in told.items():
+        assert command._sources(parse(*DATA, *given)) == expected
 
 
 @pytest.mark.parametrize(
@@ -217,7 +276,7 @@ def arguments(tiny: Tiny, tmp_path: Path) -> list[str]:
 def test_the_command_trains_and_ends_with_one_line_of_json(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "REPLAY_TOKENS", 4)
+    monkeypatch.setattr(probing, "REPLAY_TOKENS", 4)
     out = tmp_path / "tiny-demo"
     assert command.run(parse(*arguments(tiny, tmp_path), "--json", out=str(out))) == 0
     printed = capsys.readouterr()

@@ -18,6 +18,7 @@ from tiny_run import (
     RETAIN,
     example,
     fresh_assistant,
+    lesson_of,
     observed,
     run_training,
     settings_of,
@@ -30,10 +31,11 @@ from uld_serve.engine.scoring import replay
 from uld_serve.llm import LLM
 from uld_serve.profiles.profile import ProfileVersion
 from uld_serve.profiles.store import read_profile
-from uld_serve.training import run as run_module
+from uld_serve.training import probing
 from uld_serve.training.examples import Kind
+from uld_serve.training.methods.catalog import METHODS
 from uld_serve.training.preparation import Sources
-from uld_serve.training.settings import METHODS, Method, Settings
+from uld_serve.training.settings import Settings
 from uld_serve.training.states import collate
 
 
@@ -68,14 +70,14 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[Method, Run]:
+def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """One run a method; loading them into an engine replays their probes."""
     made = {}
     for method in METHODS:
         folder = tmp_path_factory.mktemp(method)
         path, settings = folder / f"tiny-{method}", settings_of(method, steps=40)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_module, "REPLAY_TOKENS", 12)
+            patch.setattr(probing, "REPLAY_TOKENS", 12)
             version = run_training(tiny, write_sources(folder), settings, path).version
         llm = LLM(str(tiny.folder), profiles=path, dtype="float32", device="cpu")
         made[method] = Run(settings, path, version, llm)
@@ -83,15 +85,19 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[Method, R
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_written_profile_says_how_it_was_made(runs: dict[Method, Run], method: Method) -> None:
+def test_the_written_profile_says_how_it_was_made(runs: dict[str, Run], method: str) -> None:
     run = runs[method]
     version = read_profile(run.path)
     assert version.ref == run.version.ref
     profile, settings = version.profile, run.settings
-    [stream] = profile.streams
     assert (profile.name, profile.method) == (f"tiny-{method}", method)
-    assert (stream.fork, stream.exit, stream.kv) == (settings.fork, settings.exit, "borrowed")
-    assert profile.rule.kind == ("subtract" if method == "uld" else "relu_difference")
+    for stream in profile.streams:
+        assert (stream.fork, stream.exit, stream.kv) == (settings.fork, settings.exit, "borrowed")
+    if METHODS[method].changes_target:
+        assert (profile.streams, profile.target_adapter) == ((), "adapter")
+    else:
+        assert len(profile.streams) == len(METHODS[method].roles)
+    assert profile.rule.kind == METHODS[method].rule
     assert profile.rule.strength == settings.strength
     assert version.probes.keywords == KEYWORDS
     assert [probe.messages[0].content for probe in version.probes.forget] == FORGET[::6]
@@ -101,12 +107,16 @@ def test_the_written_profile_says_how_it_was_made(runs: dict[Method, Run], metho
     assert record["settings"]["lr"] == settings.lr
     assert record["data"]["examples"]["forget"] == 10
     assert {"torch", "transformers", "peft", "uld-serve"} <= record["versions"].keys()
-    assert [entry["step"] for entry in record["log"]] == list(range(10, settings.steps + 1, 10))
-    assert record["log"][-1]["loss"] < 0.7 * record["log"][0]["loss"]
+    taught = [lesson for lesson in METHODS[method].lessons(settings) if lesson.steps != 0]
+    assert set(record["log"]) == {lesson.adapter for lesson in METHODS[method].lessons(settings)}
+    for lesson in taught:
+        log = record["log"][lesson.adapter]
+        assert [entry["step"] for entry in log] == list(range(10, (lesson.steps or settings.steps) + 1, 10))
+        assert log[-1]["loss"] < log[0]["loss"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_replay_probes_pass_through_the_engine(runs: dict[Method, Run], method: Method) -> None:
+def test_replay_probes_pass_through_the_engine(runs: dict[str, Run], method: str) -> None:
     run = runs[method]
     probes = run.version.probes.replay
     assert len(probes) == 4
@@ -118,7 +128,7 @@ def test_replay_probes_pass_through_the_engine(runs: dict[Method, Run], method: 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_measured_numbers_are_those_of_the_engine(runs: dict[Method, Run], method: Method) -> None:
+def test_measured_numbers_are_those_of_the_engine(runs: dict[str, Run], method: str) -> None:
     run = runs[method]
     measured = run.record["measured"]
     assert isinstance(measured, dict)
@@ -140,7 +150,7 @@ def test_measured_numbers_are_those_of_the_engine(runs: dict[Method, Run], metho
 def test_margin_forgets_what_it_was_taught_and_keeps_the_rest(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "REPLAY_TOKENS", 4)
+    monkeypatch.setattr(probing, "REPLAY_TOKENS", 4)
     said = [f"who is {name}?" for name in ("ann", "bob", "cid", "dan")]
     kept = [f"why is {name} so?" for name in ("sky", "sea", "sun", "ice", "fog", "mud")]
     sources = Sources(
@@ -168,12 +178,15 @@ def test_margin_forgets_what_it_was_taught_and_keeps_the_rest(
     assert all(kept_words["retain"])
 
 
-def test_the_assistant_in_training_is_the_oracles(tiny: Tiny, runs: dict[Method, Run]) -> None:
+def test_the_assistant_in_training_is_the_oracles(tiny: Tiny, runs: dict[str, Run]) -> None:
     """After training, batched and padded, at answer positions alone: the logits of a run over the whole text."""
     for method, run in runs.items():
         assistant = fresh_assistant(tiny, run.settings)
+        if not run.version.profile.streams:
+            continue
+        name = lesson_of(run.settings).adapter
         set_peft_model_state_dict(
-            assistant.peft, load_file(run.path / "adapter" / "adapter_model.safetensors")
+            assistant.peft, load_file(run.path / name / "adapter_model.safetensors"), adapter_name=name
         )
         examples = [example(Kind.RETAIN, 9, 3), example(Kind.FORGET, 4, 6)]
         batch = collate(observed(assistant, examples, run.settings))
@@ -190,7 +203,7 @@ def test_the_assistant_in_training_is_the_oracles(tiny: Tiny, runs: dict[Method,
             for number in range(len(one.answer_ids)):
                 ids = [*one.prompt_ids, *one.answer_ids[:number]]
                 with torch.no_grad():
-                    expected = oracle._assistant(name, run.version.profile.streams[0], ids, None)
+                    expected = oracle._assistant(name, run.version.profile.streams[-1], ids, None)
                 torch.testing.assert_close(
                     logits_QV[number], expected[: tiny.base.vocab_size], rtol=0, atol=1e-4
                 )

@@ -12,10 +12,13 @@ from tiny_base import EOS_ID, NUM_LAYERS, Tiny
 
 from uld_serve.model.loading import Base, load_base
 from uld_serve.training.assistant import Assistant
+from uld_serve.training.classroom import Watch
 from uld_serve.training.examples import Example, Kind
+from uld_serve.training.methods.catalog import METHODS
+from uld_serve.training.methods.method import Lesson
 from uld_serve.training.preparation import Sources
 from uld_serve.training.run import Outcome, train
-from uld_serve.training.settings import Method, Settings
+from uld_serve.training.settings import Settings
 from uld_serve.training.states import Observed, observe
 from uld_serve.training.trainer import Report
 
@@ -43,14 +46,22 @@ SHORT = Settings(
 )
 
 
-def settings_of(method: Method, **changes: object) -> Settings:
-    """A short run of `method`: uld from the embedding to layer 2, the others over the last two layers."""
+def settings_of(method: str, **changes: object) -> Settings:
+    """A short run of `method`: uld from the embedding to layer 2, adapters of the target in all layers, the others over
+    the last two."""
     settings = replace(SHORT, method=method)
     if method != "margin":
         settings = replace(settings, detours=0, detour_batch=0)
     if method == "uld":
         settings = replace(settings, fork=0, exit=2, strength=0.5)
+    if METHODS[method].changes_target:
+        settings = replace(settings, fork=0, kv="own", strength=1.0, teacher_steps=20)
     return replace(settings, **changes)
+
+
+def lesson_of(settings: Settings) -> Lesson:
+    """The one that is trained last."""
+    return METHODS[settings.method].lessons(settings)[-1]
 
 
 def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
@@ -79,7 +90,7 @@ def fresh_base(tiny: Tiny) -> Base:
 
 def fresh_assistant(tiny: Tiny, settings: Settings = SHORT) -> Assistant:
     base = fresh_base(tiny)
-    return Assistant(base.model, settings=settings, vocab_size=base.vocab_size)
+    return Assistant(base.model, lesson=lesson_of(settings), settings=settings, vocab_size=base.vocab_size)
 
 
 def shake(assistant: Assistant, *, seed: int = 0) -> None:
@@ -108,7 +119,7 @@ def run_training(
     report: Report = unheard,
     name: str | None = None,
 ) -> Outcome:
-    return train(
+    outcome = train(
         fresh_base(tiny),
         sources,
         settings,
@@ -116,9 +127,10 @@ def run_training(
         out=out,
         resume=resume,
         readme=None,
-        stage=silent,
-        report=report,
+        watch=Watch(stage=silent, report=report),
     )
+    assert outcome is not None  # this is the first process
+    return outcome
 
 
 def example(
@@ -134,12 +146,15 @@ def example(
 
 
 def observed(assistant: Assistant, examples: Sequence[Example], settings: Settings = SHORT) -> list[Observed]:
+    """As the target sees them; where the lesson has a teacher, it says something of its own."""
     with assistant.peft.disable_adapter():
-        return observe(
+        seen = observe(
             assistant.model,
             examples,
-            fork=settings.fork,
-            exit=settings.exit,
+            place=assistant.place,
             num_top=settings.num_top,
             vocab_size=assistant.vocab_size,
         )
+    if lesson_of(settings).teacher is None:
+        return seen
+    return [replace(one, teacher_QE=one.final_QD.roll(1, -1)) for one in seen]

@@ -175,5 +175,29 @@ def assistant_pass(
     return cast(torch.Tensor, parts.norm(hidden))
 
 
+def own_pass(
+    model: PreTrainedModel,
+    hidden_BTD: torch.Tensor,
+    *,
+    positions_BT: torch.Tensor,
+    mask_B1TT: torch.Tensor,
+    layers: Iterable[int],
+) -> torch.Tensor:
+    """Run rows at every position through `layers` with keys and values of their own; (B, T, D) after the final norm.
+
+    From the embedding through all layers this is the model itself, with whatever adapter is on.
+    """
+    parts = decoder_parts(model)
+    rotary = parts.rotary(hidden_BTD, position_ids=positions_BT)
+    hidden = hidden_BTD
+    for index in layers:
+        hidden = _hidden_of(
+            parts.layers[index](
+                hidden, attention_mask=mask_B1TT, position_embeddings=rotary, position_ids=positions_BT
+            )
+        )
+    return cast(torch.Tensor, parts.norm(hidden))
+
+
 def _hidden_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output

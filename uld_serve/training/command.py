@@ -6,43 +6,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
+from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from uld_serve.errors import DataError
-from uld_serve.model.loading import Base, load_base
+from uld_serve.model.loading import load_base
+from uld_serve.training.classroom import Watch
+from uld_serve.training.methods.catalog import PRESETS
+from uld_serve.training.options import Chosen, add_method, add_settings
 from uld_serve.training.preparation import Sources
 from uld_serve.training.progress import Display
-from uld_serve.training.run import refuse_existing, train
-from uld_serve.training.settings import METHODS, Settings, defaults
+from uld_serve.training.run import Outcome, refuse_existing, train
 
 DEMO = Path(__file__).parent / "data" / "harry_potter"
 # Nats a token. `profiles verify` wants 2.5; below this a profile is hardly more than the base.
 LITTLE = 1.0
-# Options that stand for a field of Settings, with their type and help; None keeps the method's default.
-SETTINGS: Mapping[str, tuple[type, str]] = {
-    "steps": (int, "optimiser steps"),
-    "lr": (float, "highest learning rate"),
-    "rank": (int, "LoRA rank"),
-    "fork": (int, "layer at which the assistant enters (0 = the embedding)"),
-    "exit": (int, "layer after which it leaves"),
-    "strength": (float, "strength of the profile's rule"),
-    "retain_weight": (float, "weight of the retain term (beta for uld)"),
-    "goal": (float, "margin: how far a - b shall rise on what is forgotten"),
-    "common_goal": (float, "margin: the same for tokens that any text is made of"),
-    "slack": (float, "margin: how far a - b shall stay below 0 on what is kept"),
-    "detour_weight": (float, "margin: weight of other answers to forget prompts"),
-    "forget_batch": (int, "forget examples a step"),
-    "retain_batch": (int, "retain examples a step"),
-    "grad_accum": (int, "batches a step"),
-    "max_answer_tokens": (int, "longest answer learnt from"),
-    "save_steps": (int, "steps between checkpoints"),
-    "seed": (int, "seed of everything random"),
-}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -60,17 +41,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     out.add_argument("--readme", type=Path, metavar="FILE", help="a README.md to put into the profile")
     out.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
     how = parser.add_argument_group("training", "defaults depend on the method")
-    how.add_argument("--method", choices=METHODS, required=True)
+    add_method(how)
     how.add_argument("--base", metavar="ID_OR_PATH", help="the base model; default: the embedded one")
     how.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     how.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     how.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    for field, (kind, what) in SETTINGS.items():
-        how.add_argument(f"--{field.replace('_', '-')}", type=kind, metavar="N", help=what)
+    add_settings(how)
+    how.add_argument(
+        "--tracker",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a tracker of transformers' Trainer, as tensorboard",
+    )
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--preset", choices=("demo",), help="the built-in Harry Potter prompts")
+    group.add_argument(
+        "--preset",
+        action="append",
+        default=[],
+        choices=("demo", *PRESETS),
+        help="demo: the built-in Harry Potter prompts; others: a paper's numbers. May be given once of each",
+    )
     group.add_argument("--forget", type=Path, metavar="FILE", help="what must be forgotten")
     group.add_argument("--retain", type=Path, metavar="FILE", help="what must stay")
     group.add_argument(
@@ -89,14 +82,18 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    chosen = Chosen.of(args)
     sources = _sources(args)
     readme = _read(args.readme) if args.readme else None
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    console = Console(stderr=True)
+    processes = PartialState(cpu=args.device == "cpu")
+    console = Console(stderr=True, quiet=not processes.is_main_process)
     refuse_existing(args.out)  # before minutes are spent on loading
     base = load_base(args.base, dtype=args.dtype, device=args.device)
-    settings = _settings(args, base, has_keywords=bool(sources.keywords))
+    settings = chosen.settings(base.num_layers, has_keywords=bool(sources.keywords))
+    for line in chosen.told():
+        console.print(line, highlight=False, soft_wrap=True)
     with Display(console, steps=settings.steps) as display:
         outcome = train(
             base,
@@ -106,9 +103,12 @@ def run(args: argparse.Namespace) -> int:
             out=args.out,
             resume=args.resume,
             readme=readme,
-            stage=display.stage,
-            report=display.report,
+            watch=Watch(stage=display.stage, report=display.report, trackers=tuple(args.tracker)),
         )
+    return 0 if outcome is None else _tell(outcome, args, console)
+
+
+def _tell(outcome: Outcome, args: argparse.Namespace, console: Console) -> int:
     found = {"profile": outcome.version.ref, "path": str(args.out), "measured": outcome.record["measured"]}
     console.print_json(json.dumps({**found, "data": outcome.record["data"]}))
     rise = outcome.forget_rise
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _sources(args: argparse.Namespace) -> Sources:
-    if args.preset:
+    if "demo" in args.preset:
         given = [name for name in ("forget", "retain", "keywords", "probe_forget", "probe_retain", "probes")
                  if getattr(args, name) is not None]  # fmt: skip
         if given:
@@ -154,26 +154,6 @@ def _sources(args: argparse.Namespace) -> Sources:
         probe_retain=args.probe_retain,
         split=split,
     )
-
-
-def _settings(args: argparse.Namespace, base: Base, *, has_keywords: bool) -> Settings:
-    settings = defaults(args.method, num_layers=base.num_layers)
-    only_margin = ("goal", "common_goal", "slack", "detour_weight")
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    if args.method != "margin":
-        refused = [name for name in only_margin if name in given]
-        refused += ["augment"] if args.augment == "self" else []
-        if refused:
-            raise DataError(f"--{refused[0].replace('_', '-')} is for --method margin")
-    elif args.augment == "self" and not has_keywords:
-        raise DataError("--augment self needs --keywords: without them the other answers would tell as well")
-    if args.method == "margin" and has_keywords and args.augment != "none":
-        settings = replace(settings, detours=2, detour_batch=4)
-    if settings.detours == 0 and "detour_weight" in given:
-        raise DataError(
-            "--detour-weight needs other answers to weigh: give --keywords, without --augment none"
-        )
-    return replace(settings, **given)
 
 
 def _keywords(path: Path) -> tuple[str, ...]:

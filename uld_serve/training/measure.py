@@ -1,26 +1,27 @@
-"""The served rule in plain torch, to say at the end of a run what the assistant does and to record replay probes.
+"""The served rule in plain torch, to say at the end of a run what the adapters do and to record replay probes.
 Called by run. `uld-serve profiles verify` measures the same through the engine; knows no files.
 
-Shapes: B prompts, Q positions, N answer tokens, V real tokens.
+Shapes: B examples, N answer tokens, V real tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from transformers import DynamicCache
 from uld_kernels import reference
 
-from uld_serve.model.borrowed import assistant_pass, causal_mask, target_pass
 from uld_serve.model.loading import Base, control_ids
 from uld_serve.profiles.profile import RuleSpec
 from uld_serve.training.assistant import Assistant
-from uld_serve.training.states import IGNORED, Batch, Observed, collate
+from uld_serve.training.examples import Example, Kind
+from uld_serve.training.states import Batch, collate, observe
 
 BATCH_SIZE = 16
+NEXT = (0,)
+"""An answer of one token, whichever: its position is where the next token is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,139 +54,128 @@ def protected_ids(base: Base) -> torch.Tensor:
 
 
 def combine(
-    b_NV: torch.Tensor, a_NV: torch.Tensor, rule: RuleSpec, *, protected_ids: torch.Tensor, fused_filter: bool
+    b_NV: torch.Tensor,
+    streams: Mapping[str, torch.Tensor],
+    rule: RuleSpec,
+    *,
+    protected_ids: torch.Tensor,
+    fused_filter: bool,
 ) -> torch.Tensor:
-    """The rule's scores of fp32 logits; -inf where filtered. `fused_filter` False leaves that filter out."""
+    """The rule's scores of fp32 logits, by role "a", or "q" and "p"; -inf where filtered. `fused_filter` False leaves
+    that filter out."""
     tau = rule.filter.tau
+    scores = b_NV
     if rule.kind == "subtract":
-        scores = reference.subtract(b_NV, a_NV, strength=rule.strength)
-    else:
-        scores = reference.relu_difference(b_NV, a_NV, strength=rule.strength)
+        scores = reference.subtract(b_NV, streams["a"], strength=rule.strength)
+    elif rule.kind == "relu_difference":
+        scores = reference.relu_difference(b_NV, streams["a"], strength=rule.strength)
+    elif rule.kind == "pair_linear":
+        scores = reference.pair_linear(b_NV, streams["q"], streams["p"], strength=rule.strength)
+    elif rule.kind == "pair_rank":
+        scores = reference.pair_rank(b_NV, streams["q"], streams["p"], rank_k=rule.rank_k)
     if rule.filter.mode == "plausibility":
         keep = reference.plausibility_keep(b_NV, tau=tau, min_keep=rule.filter.min_keep)
         scores = scores.masked_fill(~keep, float("-inf"))
+    if rule.filter.mode == "official":
+        scores = scores.masked_fill(~reference.official_keep(b_NV, tau=tau), float("-inf"))
     if rule.filter.mode == "fused" and fused_filter:
         scores = scores.masked_fill(~reference.fused_keep(scores, tau=tau), float("-inf"))
     return reference.protect(scores, b_NV, protected_ids) if rule.protect else scores
 
 
-@torch.inference_mode()
-def likelihood(
-    assistant: Assistant, observed: Sequence[Observed], rule: RuleSpec, *, protected_ids: torch.Tensor
-) -> Likelihood:
-    """Teacher-forced over the answers in `observed`."""
-    base: list[torch.Tensor] = []
-    fused: list[torch.Tensor] = []
-    served: list[torch.Tensor] = []
-    same: list[torch.Tensor] = []
-    for start in range(0, len(observed), BATCH_SIZE):
-        batch = _to(assistant.model.device, collate(observed[start : start + BATCH_SIZE]))
-        is_token_BQ = batch["labels_BQ"] != IGNORED
-        labels_N1 = batch["labels_BQ"][is_token_BQ][:, None]
-        b_NV = assistant.logits(batch["final_BQD"][is_token_BQ])
-        a_NV = assistant.logits(assistant.hidden(batch))
-        open_NV = combine(b_NV, a_NV, rule, protected_ids=protected_ids, fused_filter=False)
-        closed_NV = combine(b_NV, a_NV, rule, protected_ids=protected_ids, fused_filter=True)
-        for scores, found in ((b_NV, base), (open_NV, fused), (closed_NV, served)):
-            found.append(-scores.log_softmax(-1).gather(-1, labels_N1)[:, 0])
-        same.append((closed_NV.argmax(-1) == b_NV.argmax(-1)).float())
-    removed_N = torch.cat(served).isinf()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """Logits of N answer tokens: the base's, and the served scores with and without a fused filter."""
+
+    labels_N: torch.Tensor
+    base_NV: torch.Tensor
+    open_NV: torch.Tensor
+    closed_NV: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fusion:
+    """What will be served: a rule and the adapter in each of its roles, or one adapter in the target itself."""
+
+    rule: RuleSpec
+    roles: Mapping[str, Assistant]
+    target: Assistant | None
+    protected_ids: torch.Tensor
+
+    @property
+    def adapters(self) -> list[Assistant]:
+        return [*self.roles.values(), *([] if self.target is None else [self.target])]
+
+    @torch.inference_mode()
+    def score(self, examples: Sequence[Example]) -> Scored:
+        """Teacher-forced over the answers of some examples: one batch."""
+        streams: dict[str, torch.Tensor] = {}
+        first = self.adapters[0]
+        batch = self._batch(first, examples)
+        labels_N = first.tokens(batch).labels_N
+        base_NV = first.logits(batch["final_BQD"][batch["is_answer_BQ"]])
+        for role, assistant in self.roles.items():
+            if assistant.place != first.place:
+                batch, first = self._batch(assistant, examples), assistant
+            streams[role] = assistant.logits(assistant.hidden(batch))
+        # With an adapter in the target the rule starts from the adapted target's scores.
+        b_NV = base_NV if self.target is None else self.target.logits(self.target.hidden(batch))
+        found = [
+            combine(b_NV, streams, self.rule, protected_ids=self.protected_ids, fused_filter=is_filtered)
+            for is_filtered in (False, True)
+        ]
+        return Scored(labels_N=labels_N, base_NV=base_NV, open_NV=found[0], closed_NV=found[1])
+
+    def _batch(self, assistant: Assistant, examples: Sequence[Example]) -> Batch:
+        with assistant.peft.disable_adapter():
+            seen = observe(
+                assistant.model, examples, place=assistant.place, num_top=1, vocab_size=assistant.vocab_size
+            )
+        device = assistant.model.device
+        return cast(Batch, {name: cast(torch.Tensor, v).to(device) for name, v in collate(seen).items()})
+
+
+def likelihood(fusion: Fusion, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Likelihood:
+    """Of answers after prompts, both token ids."""
+    nlls: dict[str, list[torch.Tensor]] = {"base": [], "open": [], "closed": []}
+    same = []
+    examples = [
+        Example(tuple(prompt), tuple(answer), Kind.RETAIN, (0.0,) * len(answer)) for prompt, answer in pairs
+    ]
+    for start in range(0, len(examples), BATCH_SIZE):
+        scored = fusion.score(examples[start : start + BATCH_SIZE])
+        for name, found in nlls.items():
+            log_p_NV = cast(torch.Tensor, getattr(scored, f"{name}_NV")).log_softmax(-1)
+            found.append(-log_p_NV.gather(-1, scored.labels_N[:, None])[:, 0])
+        same.append((scored.closed_NV.argmax(-1) == scored.base_NV.argmax(-1)).float())
+    removed_N = torch.cat(nlls["closed"]).isinf()
     return Likelihood(
         tokens=removed_N.shape[0],
-        nll_base=torch.cat(base).mean().item(),
-        nll_fused=torch.cat(fused).mean().item(),
-        nll_served=torch.cat(served).mean().item(),
+        nll_base=torch.cat(nlls["base"]).mean().item(),
+        nll_fused=torch.cat(nlls["open"]).mean().item(),
+        nll_served=torch.cat(nlls["closed"]).mean().item(),
         agreement=torch.cat(same).mean().item(),
         removed=removed_N.float().mean().item(),
     )
 
 
-def _to(device: torch.device, batch: Batch) -> Batch:
-    return cast(Batch, {name: cast(torch.Tensor, value).to(device) for name, value in batch.items()})
-
-
-@torch.inference_mode()
 def generate(
-    assistant: Assistant,
-    prompts: Sequence[Sequence[int]],
-    rule: RuleSpec,
-    *,
-    protected_ids: torch.Tensor,
-    end_ids: Sequence[int],
-    max_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
+    fusion: Fusion, prompts: Sequence[Sequence[int]], *, end_ids: Sequence[int], max_tokens: int
 ) -> list[list[int]]:
-    """One answer to each prompt under the rule, with its end token where it ended."""
-    answers: list[list[int]] = []
-    device = assistant.model.device
-    generator = torch.Generator(device).manual_seed(seed)
-    end_ids_E = torch.tensor(end_ids, dtype=torch.long, device=device)
+    """One greedy answer to each prompt under the rule, with its end token where it ended.
+
+    Whole sequences are run anew for every token: this is for a handful of probes, and the same code for every kind of
+    stream.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(prompts), BATCH_SIZE):
-        decoding = _Decoding(assistant, prompts[start : start + BATCH_SIZE], pad=end_ids[0] if end_ids else 0)
-        unfinished = torch.ones(len(decoding.answers), dtype=torch.bool, device=device)
+        unfinished = list(range(start, min(start + BATCH_SIZE, len(prompts))))
         for _ in range(max_tokens):
-            b_BV, a_BV = decoding.logits()
-            scores = combine(b_BV, a_BV, rule, protected_ids=protected_ids, fused_filter=True)
-            if temperature > 0:
-                token_B = torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)[:, 0]
-            else:
-                token_B = scores.argmax(-1)
-            decoding.append(token_B, unfinished)
-            unfinished &= ~torch.isin(token_B, end_ids_E)
-            if not unfinished.any():
+            so_far = [(*prompts[number], *answers[number]) for number in unfinished]
+            scored = fusion.score([Example(ids, NEXT, Kind.RETAIN, (0.0,)) for ids in so_far])
+            for number, token in zip(unfinished, scored.closed_NV.argmax(-1).tolist(), strict=True):
+                answers[number].append(token)
+            unfinished = [number for number in unfinished if answers[number][-1] not in end_ids]
+            if not unfinished:
                 break
-        answers += decoding.answers
     return answers
-
-
-class _Decoding:
-    """A batch on its way: the target's cache, and the assistant at the last position of each prompt."""
-
-    def __init__(self, assistant: Assistant, prompts: Sequence[Sequence[int]], *, pad: int) -> None:
-        self._assistant = assistant
-        width = max(len(prompt) for prompt in prompts)
-        device = assistant.model.device
-        self._ids_BQ = torch.tensor(
-            [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
-        )
-        self._is_real_BT = torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
-        )
-        self._positions_BQ = (self._is_real_BT.cumsum(-1) - 1).clamp_min(0)
-        self._cache = DynamicCache(config=assistant.model.config)
-        self.answers: list[list[int]] = [[] for _ in prompts]
-
-    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(target, assistant) logits of the next token, (B, V)."""
-        layers = self._assistant.layers
-        with self._assistant.peft.disable_adapter():
-            states = target_pass(
-                self._assistant.model,
-                self._ids_BQ,
-                positions_BQ=self._positions_BQ,
-                mask_B1QT=causal_mask(self._is_real_BT, self._positions_BQ),
-                fork=layers.start,
-                exit=layers.stop,
-                cache=self._cache,
-            )
-        last_B1 = self._positions_BQ[:, -1:]
-        out_B1D = assistant_pass(
-            self._assistant.model,
-            states.fork_BQD[:, -1:],
-            states.keys_values,
-            positions_BQ=last_B1,
-            mask_B1QT=causal_mask(self._is_real_BT, last_B1),
-            layers=layers,
-        )
-        return self._assistant.logits(states.final_BQD[:, -1]), self._assistant.logits(out_B1D[:, -1])
-
-    def append(self, token_B: torch.Tensor, unfinished_B: torch.Tensor) -> None:
-        for answer, token, is_unfinished in zip(
-            self.answers, token_B.tolist(), unfinished_B.tolist(), strict=True
-        ):
-            if is_unfinished:
-                answer.append(token)
-        self._ids_BQ = token_B[:, None]
-        self._positions_BQ = self._positions_BQ[:, -1:] + 1
-        self._is_real_BT = torch.cat([self._is_real_BT, torch.ones_like(self._ids_BQ)], dim=1)

@@ -39,6 +39,16 @@ class Sources:
     probe_retain: Path | None = None
     split: bool = False
 
+    @property
+    def has_probes(self) -> bool:
+        return self.split or self.probe_forget is not None
+
+    @property
+    def files(self) -> list[Path]:
+        """What was read: a resumed run must find the same."""
+        given = (self.forget, self.retain, self.probe_forget, self.probe_retain)
+        return [path for path in given if path is not None]
+
 
 @dataclass(frozen=True, slots=True)
 class Answered:

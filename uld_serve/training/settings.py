@@ -1,80 +1,150 @@
-"""What a training run is told, with defaults by method. "Auto" values are resolved once, against a base.
-Made by command; read by run, assistant and trainer. Knows no tensor."""
+"""What a training run is told. Methods give the defaults, presets and the command change them. Read by all of
+training; knows no tensor and no method.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from uld_serve.errors import DataError
+from uld_serve.training.place import KeysValues, Modules
 
-Method = Literal["margin", "uld", "rkld"]
-METHODS: tuple[Method, ...] = get_args(Method)
+RetainTerm = Literal["kl", "nll", "none"]
+Direction = Literal["reverse", "forward"]
+Filter = Literal["plausibility", "official", "fused", "none"]
 LATE_LAYERS = 8
+
+POSITIVE = (
+    "steps",
+    "epochs",
+    "lr",
+    "rank",
+    "alpha",
+    "strength",
+    "grad_accum",
+    "forget_batch",
+    "retain_batch",
+    "max_answer_tokens",
+    "save_steps",
+    "adjust",
+    "npo_beta",
+    "teacher_steps",
+    "teacher_strength",
+    "tau",
+    "min_keep",
+    "focus_weight",
+)
+NOT_NEGATIVE = ("retain_weight", "goal", "common_goal", "slack", "detour_weight", "warmup_steps", "patience")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """One run. `strength` is what the profile's rule gets; goals and slack are differences of logits (margin);
-    `retain_weight` is beta for uld. Batch sizes are examples a step."""
+    """One run. Batch sizes are examples a step; goals, slack and `adjust` are differences of logits.
 
-    method: Method
+    Where a field belongs to some methods only, its comment names them; the command refuses it for others. None
+    stands for what the method or the rule has by default.
+    """
+
+    method: str
     fork: int
     exit: int
+    kv: KeysValues = "borrowed"
+    modules: Modules = "all"
     steps: int
+    epochs: float | None = None
+    """Passes over the forget examples; where given it says how many steps there are."""
     lr: float
     rank: int
-    strength: float
-    retain_weight: float
+    alpha: int | None = None
+    """LoRA's scale is alpha / rank; None: twice the rank."""
+    dropout: float = 0.0
     seed: int = 0
     warmup_steps: int = 10
     grad_accum: int = 1
     forget_batch: int = 8
     retain_batch: int = 12
     detour_batch: int = 0
-    detours: int = 0
     max_answer_tokens: int = 64
+    save_steps: int = 40
+    patience: int = 0
+    """Checkpoints without a better held-out score after which a run ends; 0: never."""
+
+    strength: float = 1.0
+    """Of the profile's rule."""
+    filter: Filter | None = None
+    tau: float | None = None
+    min_keep: int | None = None
+
+    retain_weight: float
+    """Of the retain term; beta in ULD."""
+    retain_term: RetainTerm = "kl"
+    """rkld-distill, undial, ga, npo, offset: KL to the target, NLL of the answers, or none."""
+
     goal: float = 15.0
     common_goal: float = 5.0
     common_share: float = 0.05
     slack: float = 1.0
-    detour_weight: float = 0.5
+    others_of_forgotten: float = 0.3
+    others_of_kept: float = 1.0
     num_top: int = 64
-    save_steps: int = 40
+    detours: int = 0
+    detour_weight: float = 0.5
+    """margin, from `goal` on."""
+
+    adjust: float = 3.0
+    focus_weight: float = 1.0
+    """undial: by how much the true token's logit is lowered, and what a token of a keyword weighs."""
+
+    npo_beta: float = 0.1
+    """npo, offset."""
+
+    teacher_steps: int = 160
+    teacher_strength: float = 4.0
+    direction: Direction = "reverse"
+    """rkld-distill: steps of its first lesson, alpha of its teacher, which KL."""
 
     def __post_init__(self) -> None:
-        positive = ("steps", "lr", "rank", "strength", "grad_accum", "forget_batch", "retain_batch")
-        for name in (*positive, "max_answer_tokens", "save_steps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise DataError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name in ("retain_weight", "goal", "common_goal", "slack", "detour_weight"):
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise DataError(f"--{option(name)} must be positive, not {value}")
+        for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
-                raise DataError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
+                raise DataError(f"--{option(name)} must be 0 or more, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise DataError(f"--dropout must be 0 or more and less than 1, not {self.dropout}")
         if not 0 <= self.fork < self.exit:
             raise DataError(
                 f"the assistant must enter before it leaves: --fork {self.fork} --exit {self.exit}"
             )
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise DataError(f"--{option(name)} must be {', '.join(choices)}, not {value}")
 
     @property
-    def batch_size(self) -> int:
-        return self.forget_batch + self.retain_batch + self.detour_batch
+    def scale_alpha(self) -> int:
+        return 2 * self.rank if self.alpha is None else self.alpha
+
+    def for_data(self, *, num_forget: int) -> Settings:
+        """With epochs turned into steps."""
+        if self.epochs is None:
+            return self
+        a_step = self.forget_batch * self.grad_accum
+        return replace(self, steps=max(1, math.ceil(self.epochs * num_forget / a_step)), epochs=None)
 
 
-def defaults(method: Method, *, num_layers: int) -> Settings:
-    """A run that worked on SmolLM2-135M with some hundred prompts of each kind."""
-    late = max(0, num_layers - LATE_LAYERS)
-    if method == "uld":
-        # arXiv 2406.08607: K = 8, r = 32, beta 6.5, lr 1e-3, strength 0.5 on Harry Potter.
-        return Settings(
-            method=method, fork=0, exit=min(8, num_layers), steps=400, lr=1e-3, rank=32, strength=0.5,
-            retain_weight=6.5,
-        )  # fmt: skip
-    if method == "rkld":
-        return Settings(
-            method=method, fork=late, exit=num_layers, steps=160, lr=1e-3, rank=16, strength=4.0,
-            retain_weight=2.0,
-        )  # fmt: skip
-    return Settings(
-        method=method, fork=late, exit=num_layers, steps=300, lr=1e-3, rank=16, strength=1.5, retain_weight=1.0
-    )  # fmt: skip
+CHOICES: dict[str, tuple[str, ...]] = {
+    "kv": get_args(KeysValues),
+    "modules": get_args(Modules),
+    "retain_term": get_args(RetainTerm),
+    "direction": get_args(Direction),
+    "filter": get_args(Filter),
+}
+
+
+def option(name: str) -> str:
+    """A field's name on the command line."""
+    return name.replace("_", "-")

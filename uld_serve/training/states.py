@@ -1,9 +1,10 @@
 """What the frozen target says of an example, computed once and kept: its hidden state where the assistant enters,
-the keys and values it lends, its logits. So a training step costs only the assistant's layers, and those only
-at answer positions. Called by run and trainer. Knows no adapter and no objective.
+the keys and values it lends, its logits. So a training step costs only the assistant's layers, and where it borrows
+those only at answer positions. Called by run and trainer. Knows no adapter and no objective.
 
-Shapes: B examples, Q answer positions, T positions attended over, S layers of the stream, K key/value heads,
-W head width, D hidden width, C columns (the label, then the target's top tokens).
+Shapes: B examples, Q answer positions, P positions that the stream runs at (the Q if it borrows, else all T), T
+positions attended over, S layers whose keys and values are lent (none if it does not borrow), K key/value heads, W head
+width, D hidden width, C columns (the label, then the target's top tokens), E width of the teacher's states (D or 0).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from uld_serve.model.borrowed import causal_mask, decoder_parts, target_pass
 from uld_serve.training.examples import Example
+from uld_serve.training.place import Place
 
 IGNORED = -100
 BATCH_SIZE = 16
@@ -24,31 +26,39 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """One example as the frozen target sees it. `columns_QC` are token ids, `logits_QC` the target's."""
+    """One example as the frozen target sees it. `columns_QC` are token ids, `logits_QC` the target's.
+
+    `teacher_QE` are the last hidden states of an adapter that teaches, where the lesson has one.
+    """
 
     example: Example
-    fork_QD: torch.Tensor
+    num_positions: int
+    fork_PD: torch.Tensor
     final_QD: torch.Tensor
     keys_SKTW: torch.Tensor
     values_SKTW: torch.Tensor
     columns_QC: torch.Tensor
     logits_QC: torch.Tensor
+    teacher_QE: torch.Tensor
 
 
 class Batch(TypedDict):
-    """Padded examples. `labels_BQ` is IGNORED where there is no token; nothing there reaches a loss."""
+    """Padded examples. `labels_BP` is IGNORED where no answer token is predicted; nothing there reaches a loss.
+    `is_answer_BQ` marks the same tokens, in the same order, among those that are kept at answer positions only."""
 
-    fork_BQD: torch.Tensor
+    fork_BPD: torch.Tensor
     final_BQD: torch.Tensor
     keys_SBKTW: torch.Tensor
     values_SBKTW: torch.Tensor
-    positions_BQ: torch.Tensor
+    positions_BP: torch.Tensor
     is_real_BT: torch.Tensor
-    labels_BQ: torch.Tensor
+    labels_BP: torch.Tensor
+    is_answer_BQ: torch.Tensor
     goals_BQ: torch.Tensor
     kind_B: torch.Tensor
     columns_BQC: torch.Tensor
     logits_BQC: torch.Tensor
+    teacher_BQE: torch.Tensor
 
 
 @torch.no_grad()
@@ -56,8 +66,7 @@ def observe(
     model: PreTrainedModel,
     examples: Sequence[Example],
     *,
-    fork: int,
-    exit: int,
+    place: Place,
     num_top: int,
     vocab_size: int,
     advance: Callable[[int], None] = lambda _: None,
@@ -68,7 +77,7 @@ def observe(
     for start in range(0, len(order), BATCH_SIZE):
         chosen = order[start : start + BATCH_SIZE]
         batch = [examples[number] for number in chosen]
-        seen = _observe_batch(model, batch, fork=fork, exit=exit, num_top=num_top, vocab_size=vocab_size)
+        seen = _observe_batch(model, batch, place=place, num_top=num_top, vocab_size=vocab_size)
         found.update(zip(chosen, seen, strict=True))
         advance(len(chosen))
     return [found[number] for number in range(len(examples))]
@@ -78,8 +87,7 @@ def _observe_batch(
     model: PreTrainedModel,
     examples: Sequence[Example],
     *,
-    fork: int,
-    exit: int,
+    place: Place,
     num_top: int,
     vocab_size: int,
 ) -> Iterator[Observed]:
@@ -96,8 +104,8 @@ def _observe_batch(
         ids_BT.to(device),
         positions_BQ=positions_BT,
         mask_B1QT=causal_mask(is_real_BT, positions_BT),
-        fork=fork,
-        exit=exit,
+        fork=place.fork,
+        exit=place.exit,
     )
     head = decoder_parts(model).head
     for row, example in enumerate(examples):
@@ -107,17 +115,23 @@ def _observe_batch(
         logits_QV = head(final_QD)[:, :vocab_size].float()
         top_QC = logits_QV.topk(min(num_top, logits_QV.shape[-1])).indices
         columns_QC = torch.cat([torch.tensor(example.answer_ids, device=device)[:, None], top_QC], dim=-1)
-        lent = [states.keys_values[layer] for layer in range(fork, exit)]
+        lent = [states.keys_values[layer] for layer in place.layers] if place.borrows else []
         # Copies: a view would keep the whole batch's tensors alive.
         yield Observed(
             example=example,
-            fork_QD=states.fork_BQD[row, start:end].clone(),
+            num_positions=end,
+            fork_PD=states.fork_BQD[row, start if place.borrows else 0 : end].clone(),
             final_QD=final_QD.clone(),
-            keys_SKTW=torch.stack([keys[row, :, :end] for keys, _ in lent]),
-            values_SKTW=torch.stack([values[row, :, :end] for _, values in lent]),
+            keys_SKTW=_stacked([keys[row, :, :end] for keys, _ in lent], like=final_QD),
+            values_SKTW=_stacked([values[row, :, :end] for _, values in lent], like=final_QD),
             columns_QC=columns_QC,
             logits_QC=logits_QV.gather(-1, columns_QC),
+            teacher_QE=final_QD.new_zeros(len(final_QD), 0),
         )
+
+
+def _stacked(states_KTW: Sequence[torch.Tensor], *, like: torch.Tensor) -> torch.Tensor:
+    return torch.stack(list(states_KTW)) if states_KTW else like.new_zeros(0, 0, 0, 0)
 
 
 def _length(example: Example) -> int:
@@ -126,24 +140,38 @@ def _length(example: Example) -> int:
 
 
 def collate(observed: Sequence[Observed]) -> Batch:
-    """Pad examples to one batch: answers and contexts on the right."""
-    answers = [one.fork_QD.shape[0] for one in observed]
-    contexts = [one.keys_SKTW.shape[2] for one in observed]
-    Q, T = max(answers), max(contexts)
-    positions = [torch.arange(t - q, t) for q, t in zip(answers, contexts, strict=True)]
+    """Pad examples to one batch: rows and contexts on the right."""
+    rows = [one.fork_PD.shape[0] for one in observed]
+    P, Q, T = (
+        max(rows),
+        max(len(one.final_QD) for one in observed),
+        max(one.num_positions for one in observed),
+    )
+    positions = [
+        torch.arange(one.num_positions - p, one.num_positions) for one, p in zip(observed, rows, strict=True)
+    ]
     return Batch(
-        fork_BQD=_pad([one.fork_QD for one in observed], Q),
+        fork_BPD=_pad([one.fork_PD for one in observed], P),
         final_BQD=_pad([one.final_QD for one in observed], Q),
         keys_SBKTW=torch.stack([_pad_context(one.keys_SKTW, T) for one in observed], dim=1),
         values_SBKTW=torch.stack([_pad_context(one.values_SKTW, T) for one in observed], dim=1),
-        positions_BQ=_pad(positions, Q),
-        is_real_BT=_pad([torch.ones(t, dtype=torch.bool) for t in contexts], T),
-        labels_BQ=_pad([torch.tensor(one.example.answer_ids) for one in observed], Q, fill=IGNORED),
+        positions_BP=_pad(positions, P),
+        is_real_BT=_pad([torch.ones(one.num_positions, dtype=torch.bool) for one in observed], T),
+        labels_BP=_pad([_labels(one) for one in observed], P, fill=IGNORED),
+        is_answer_BQ=_pad([torch.ones(len(one.final_QD), dtype=torch.bool) for one in observed], Q),
         goals_BQ=_pad([torch.tensor(one.example.goals) for one in observed], Q),
         kind_B=torch.tensor([int(one.example.kind) for one in observed]),
         columns_BQC=_pad([one.columns_QC for one in observed], Q),
         logits_BQC=_pad([one.logits_QC for one in observed], Q),
+        teacher_BQE=_pad([one.teacher_QE for one in observed], Q),
     )
+
+
+def _labels(one: Observed) -> torch.Tensor:
+    """(P,): the next token where it is one of the answer's."""
+    answer_ids = torch.tensor(one.example.answer_ids)
+    before = one.fork_PD.shape[0] - len(answer_ids)
+    return torch.cat([answer_ids.new_full((before,), IGNORED), answer_ids])
 
 
 def _pad(rows: Sequence[torch.Tensor], size: int, *, fill: float = 0) -> torch.Tensor:

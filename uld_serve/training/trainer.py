@@ -1,12 +1,14 @@
-"""Fits an assistant with transformers' Trainer: checkpoints, exact resume, accumulation, several devices and the
-progress bar are the library's. Called by run. Knows no files but its checkpoint folder.
+"""Fits an adapter with transformers' Trainer: checkpoints, exact resume, accumulation and several processes are the
+library's. Called by run. Knows no files but its checkpoint folder.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -30,6 +32,7 @@ from uld_serve.training.settings import Settings
 from uld_serve.training.states import Observed, collate
 
 WEIGHTS = "assistant.safetensors"
+BEST = "best.safetensors"
 
 Report = Callable[[int, Mapping[str, float]], None]
 """Called with the number of finished steps and the mean of the loss's parts since the last call."""
@@ -39,15 +42,19 @@ class Lessons(Dataset[Observed]):
     """The whole run's examples in order: every step has its share of each kind, shuffled anew each time that a
     kind has been used up. Item i depends on the seed and i alone, so a resumed run meets the same examples."""
 
-    def __init__(self, pools: Mapping[Kind, Sequence[Observed]], settings: Settings) -> None:
+    def __init__(
+        self, pools: Mapping[Kind, Sequence[Observed]], settings: Settings, *, num_processes: int = 1
+    ) -> None:
+        """`num_processes` take turns at the batches; a step is as many more of them."""
         shares = {
             Kind.FORGET: settings.forget_batch,
-            Kind.DETOUR: settings.detour_batch if pools.get(Kind.DETOUR) else 0,
+            Kind.DETOUR: settings.detour_batch,
             Kind.RETAIN: settings.retain_batch,
         }
+        shares = {kind: share for kind, share in shares.items() if pools.get(kind)}
         self._slots = [(kind, rank) for kind, share in shares.items() for rank in range(share)]
         self._shares, self._pools, self._seed = shares, pools, settings.seed
-        self._num_batches = settings.steps * settings.grad_accum
+        self._num_batches = settings.steps * settings.grad_accum * num_processes
         self._orders: dict[tuple[Kind, int], list[int]] = {}
 
     @property
@@ -138,6 +145,58 @@ class OnStep(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
             self._report(state.global_step, {name: float(value) for name, value in logs.items()})
 
 
+@dataclass(slots=True)
+class EarlyStop:
+    """Ends a run when the held-out score has not risen for `patience` checkpoints, and puts the best adapter back.
+
+    `score` says how good the adapter is now. What is best is kept in the run's folder, so that a resumed run knows it.
+    """
+
+    score: Callable[[], float]
+    patience: int
+    folder: Path
+    best: float = -math.inf
+    num_worse: int = 0
+
+    def __post_init__(self) -> None:
+        if self._note.is_file():
+            noted = json.loads(self._note.read_text())
+            self.best, self.num_worse = noted["best"], noted["num_worse"]
+
+    @property
+    def _note(self) -> Path:
+        return self.folder / "best.json"
+
+    def look(self, assistant: Assistant) -> bool:
+        """Whether to stop now."""
+        assistant.eval()
+        now = self.score()
+        assistant.train()
+        self.num_worse = 0 if now > self.best else self.num_worse + 1
+        if now > self.best:
+            self.best = now
+            save_file(adapter_state(assistant), self.folder / BEST)
+        self._note.write_text(json.dumps({"best": self.best, "num_worse": self.num_worse}))
+        return self.num_worse >= self.patience
+
+    def restore(self, assistant: Assistant) -> None:
+        if (self.folder / BEST).is_file():
+            load_adapter(assistant, load_file(self.folder / BEST))
+
+
+class OnSave(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
+    """Lets `early_stop` look at every checkpoint."""
+
+    def __init__(self, early_stop: EarlyStop, assistant: Assistant) -> None:
+        self._early_stop, self._assistant = early_stop, assistant
+
+    def on_save(
+        self, _args: TrainingArguments, _state: TrainerState, control: TrainerControl, **_unused: object
+    ) -> TrainerControl:
+        control.should_training_stop |= self._early_stop.look(self._assistant)
+        return control
+
+
 def fit(
     assistant: Assistant,
     pools: Mapping[Kind, Sequence[Observed]],
@@ -146,29 +205,48 @@ def fit(
     folder: Path,
     resume: bool = False,
     report: Report,
+    early_stop: EarlyStop | None = None,
+    trackers: Sequence[str] = (),
 ) -> list[dict[str, float]]:
     """Train in place; returns the log. With `resume`, go on from the folder's last checkpoint, if any.
 
-    Raises DataError when a kind that every step needs is empty, or when the loss is not finite.
+    Raises DataError when a kind that the lesson needs is empty, when the loss is not finite, or when memory runs out.
     """
-    for kind in (Kind.FORGET, Kind.RETAIN):
-        if not pools.get(kind):
+    for kind in assistant.lesson.kinds:
+        if kind is not Kind.DETOUR and not pools.get(kind):
             raise DataError(f"there is no usable {kind.name.lower()} example; see the reading report")
-    lessons = Lessons(pools, settings)
-    trainer = AssistantTrainer(assistant, _arguments(settings, lessons, assistant, folder), lessons)
+    needed = {kind: pool for kind, pool in pools.items() if kind in assistant.lesson.kinds}
+    arguments = _arguments(settings, assistant, folder, trackers)
+    lessons = Lessons(needed, settings, num_processes=arguments.world_size)
+    arguments.per_device_train_batch_size = lessons.batch_size
+    # One process a device: torch's DataParallel would mix two batches' kinds. `accelerate launch` starts several.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    trainer = AssistantTrainer(assistant, arguments, lessons)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(OnStep(report))
+    if early_stop is not None:
+        trainer.add_callback(OnSave(early_stop, assistant))
     checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    assistant.switch_on()
     assistant.train()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError as error:
+        raise DataError(
+            f"memory ran out with {lessons.batch_size} examples a batch; lower --forget-batch and --retain-batch, and "
+            "raise --grad-accum to make up for it"
+        ) from error
     assistant.eval()
+    if early_stop is not None:
+        early_stop.restore(assistant)
     return [dict(entry) for entry in trainer.state.log_history]
 
 
-def _arguments(settings: Settings, lessons: Lessons, assistant: Assistant, folder: Path) -> TrainingArguments:
+def _arguments(
+    settings: Settings, assistant: Assistant, folder: Path, trackers: Sequence[str]
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=lessons.batch_size,
         gradient_accumulation_steps=settings.grad_accum,
         max_steps=settings.steps,
         learning_rate=settings.lr,
@@ -183,7 +261,7 @@ def _arguments(settings: Settings, lessons: Lessons, assistant: Assistant, folde
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=2,
-        report_to="none",
+        report_to=list(trackers) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,

@@ -1,0 +1,177 @@
+"""The base with the adapters that a run has taught so far: lessons one after another, a teacher's states handed to the
+next. Called by run. Knows no profile directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from uld_serve.model.loading import Base
+from uld_serve.profiles.profile import RuleSpec
+from uld_serve.training.assistant import Assistant
+from uld_serve.training.examples import Example, Kind
+from uld_serve.training.measure import Fusion, Likelihood, likelihood, protected_ids
+from uld_serve.training.methods.catalog import METHODS
+from uld_serve.training.methods.method import Lesson
+from uld_serve.training.preparation import Prepared, Stage
+from uld_serve.training.settings import Settings
+from uld_serve.training.states import Observed, collate, observe
+from uld_serve.training.trainer import EarlyStop, Report, fit
+from uld_serve.training.work_folder import WorkFolder
+
+# What one nat of retention weighs against one of forgetting when checkpoints are compared.
+RETAIN_EXCHANGE = 10.0
+TEACHER_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """How a run tells what it does. `trackers` are names that the Trainer's report_to takes."""
+
+    stage: Stage
+    report: Report
+    trackers: tuple[str, ...] = ()
+
+
+class Classroom:
+    """The base with the adapters that a run has taught so far."""
+
+    def __init__(
+        self,
+        base: Base,
+        settings: Settings,
+        prepared: Prepared,
+        *,
+        rule: RuleSpec,
+        work: WorkFolder,
+        watch: Watch,
+    ) -> None:
+        self._base, self._settings, self._prepared = base, settings, prepared
+        self._rule, self._work, self._watch = rule, work, watch
+        self._method = METHODS[settings.method]
+        self._lessons = self._method.lessons(settings)
+        self._carrier: PreTrainedModel | PeftModel = base.model
+        self._assistants: dict[str, Assistant] = {}
+
+    def teach(self, *, resume: bool) -> dict[str, list[dict[str, float]]]:
+        """Every lesson in turn; the logs by adapter. Raises DataError."""
+        return {lesson.adapter: self._teach(lesson, resume=resume) for lesson in self._lessons}
+
+    def _teach(self, lesson: Lesson, *, resume: bool) -> list[dict[str, float]]:
+        settings = self._settings if not lesson.steps else replace(self._settings, steps=lesson.steps)
+        assistant = Assistant(
+            self._carrier, lesson=lesson, settings=settings, vocab_size=self._base.vocab_size
+        )
+        self._carrier = assistant.peft
+        self._assistants[lesson.adapter] = assistant
+        assistant.set_named(self._prepared.named_ids)
+        log: list[dict[str, float]] = []
+        if lesson.steps != 0:
+            pools = {kind: self._observe(lesson, pool) for kind, pool in self._prepared.pools.items()}
+            folder = self._work.lesson(lesson.adapter)
+            log = fit(
+                assistant,
+                pools,
+                settings,
+                folder=folder,
+                resume=resume,
+                report=self._watch.report,
+                early_stop=self._early_stop(lesson, folder),
+                trackers=self._watch.trackers,
+            )
+        for parameter in assistant.trained().values():
+            # As stored and served, so that it is what is measured.
+            parameter.data = parameter.data.to(self._base.dtype)
+        return log
+
+    def _observe(self, lesson: Lesson, examples: Sequence[Example]) -> list[Observed]:
+        if not examples or examples[0].kind not in lesson.kinds:
+            return []
+        kind = Kind(examples[0].kind).name.lower()
+        advance = self._watch.stage(f"the target reads for {lesson.adapter}: {kind}", len(examples))
+        assistant = self._assistants[lesson.adapter]
+        with assistant.peft.disable_adapter():
+            seen = observe(
+                assistant.model,
+                examples,
+                place=lesson.place,
+                num_top=self._settings.num_top,
+                vocab_size=assistant.vocab_size,
+                advance=advance,
+            )
+        return seen if lesson.teacher is None else self._taught(seen, examples, lesson.teacher)
+
+    def _taught(self, seen: Sequence[Observed], examples: Sequence[Example], teacher: str) -> list[Observed]:
+        """With the last hidden states of an earlier lesson's adapter."""
+        assistant, found = self._assistants[teacher], []
+        for start in range(0, len(seen), TEACHER_BATCH):
+            part = slice(start, start + TEACHER_BATCH)
+            with torch.no_grad(), assistant.peft.disable_adapter():
+                batch = collate(
+                    observe(
+                        assistant.model,
+                        examples[part],
+                        place=assistant.place,
+                        num_top=1,
+                        vocab_size=assistant.vocab_size,
+                    )
+                )
+            with torch.no_grad():
+                hidden_ND = assistant.hidden(batch)
+            states = torch.split(hidden_ND, [len(one.answer_ids) for one in examples[part]])
+            found += [
+                replace(one, teacher_QE=state.clone()) for one, state in zip(seen[part], states, strict=True)
+            ]
+        return found
+
+    def _early_stop(self, lesson: Lesson, folder: Path) -> EarlyStop | None:
+        """For the last lesson only: before it there is nothing whole to be measured."""
+        if not self._settings.patience or lesson.adapter != self._lessons[-1].adapter:
+            return None
+
+        def score() -> float:
+            measured = self.measure(self.fusion(), lambda _what, _total: lambda _count: None)
+            return measured["forget"].rise - RETAIN_EXCHANGE * max(measured["retain"].rise, 0.0)
+
+        folder.mkdir(parents=True, exist_ok=True)
+        return EarlyStop(score, self._settings.patience, folder)
+
+    def fusion(self) -> Fusion:
+        """What will be served, as far as it has been taught."""
+        roles = {role: self._assistants[adapter] for role, adapter in self._method.roles.items()}
+        served = [one for one in self._assistants.values() if one.lesson.is_served]
+        return Fusion(
+            rule=self._rule,
+            roles=roles,
+            target=served[0] if self._method.changes_target else None,
+            protected_ids=protected_ids(self._base),
+        )
+
+    def measure(self, fusion: Fusion, stage: Stage) -> dict[str, Likelihood]:
+        """What the rule does to the held-out answers, by "forget" and "retain"; nothing without held-out prompts."""
+        measured = {}
+        groups = {"forget": self._prepared.probe_forget, "retain": self._prepared.probe_retain}
+        for name, group in groups.items():
+            if group:
+                advance = stage(f"measuring: {name}", 1)
+                measured[name] = likelihood(fusion, [(one.prompt_ids, one.answer_ids) for one in group])
+                advance(1)
+        return measured
+
+    def save(self, folder: Path) -> dict[str, Path]:
+        """The served adapters in PEFT's format, by name."""
+        served = [name for name, one in self._assistants.items() if one.lesson.is_served]
+        assert isinstance(self._carrier, PeftModel)
+        self._carrier.save_pretrained(str(folder), selected_adapters=served)
+        return {name: folder / name for name in served}
+
+    def leave(self) -> None:
+        """Give the base back as it was."""
+        if isinstance(self._carrier, PeftModel):
+            self._carrier.unload()
