@@ -23,12 +23,13 @@ from triton.compiler import ASTSource
 from uld_kernels import (
     attention_triton,
     finish_triton,
+    layer_triton,
     lora_triton,
     prefill_triton,
+    rank_triton,
     scan_triton,
-    select_triton,
 )
-from uld_kernels.sampler_triton import LIST_BLOCK, SCAN_BLOCK
+from uld_kernels.sampler_triton import FINISH_WARPS, LIST_BLOCK, SCAN_BLOCK, SCAN_WARPS, SELECT_BLOCK
 
 TARGETS = (80, 90)
 TYPES = ("fp32", "bf16", "fp16")
@@ -39,21 +40,29 @@ TYPED_POINTERS = (
     "keys_ptr",
     "values_ptr",
     "out_ptr",
+    "heads_ptr",
+    "cos_ptr",
+    "sin_ptr",
+    "gate_up_ptr",
     "x_ptr",
     "y_ptr",
     "A_ptr",
     "B_ptr",
+    "B_1_ptr",
+    "B_2_ptr",
 )
 POINTER_TYPES = {
     "ints_ptr": "i32",
-    "term_ints_ptr": "i32",
-    "allowed_ptr": "i8",
+    "terms_ptr": "i32",
+    "entries_ptr": "i32",
+    "masks_ptr": "i1",
+    "touched_ptr": "i32",
     "protected_ptr": "i8",
     "protected_ids_ptr": "i64",
-    "history_ptr": "i32",
+    "bests_ptr": "i64",
     "int_partials_ptr": "i32",
-    "int_summaries_ptr": "i32",
     "group_list_ptr": "i32",
+    "is_bad_ptr": "i32",
     "listed_ids_ptr": "i32",
     "token_ids_ptr": "i64",
     "rank_ptr": "i64",
@@ -67,7 +76,7 @@ POINTER_TYPES = {
     "places_ptr": "i64",
     "positions_ptr": "i64",
 }
-SCALAR_TYPES = {"log_vocab_size": "fp32", "stride_row": "i64", "scale_log2": "fp32"}
+SCALAR_TYPES = {"log_vocab_size": "fp32", "stride_row": "i64", "scale_log2": "fp32", "eps": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,36 @@ def prefill_variants() -> Iterator[Variant]:
             )
 
 
+def layer_variants() -> Iterator[Variant]:
+    """Llama 8B's and SmolLM2's rows and heads, and heads with a norm of their own."""
+    for width in (4096, 576):
+        yield Variant(
+            layer_triton._rms_norm_kernel,
+            {"WIDTH": width, "BLOCK": triton.next_power_of_2(width)},
+            num_warps=layer_triton.norm_warps(width),
+            is_fused=True,
+        )
+    for heads, width, has_norm in ((40, 128, 0), (12, 64, 0), (40, 128, 1)):
+        yield Variant(
+            layer_triton._rotate_kernel,
+            {
+                "NUM_HEADS": heads,
+                "HALF": width // 2,
+                "BLOCK_HALF": triton.next_power_of_2(width // 2),
+                "BLOCK_H": layer_triton.BLOCK_H,
+                "HAS_NORM": has_norm,
+            },
+            num_warps=layer_triton.NUM_WARPS,
+            is_fused=True,
+        )
+    yield Variant(
+        layer_triton._silu_mul_kernel,
+        {"BLOCK": layer_triton.BLOCK_I},
+        num_warps=layer_triton.NUM_WARPS,
+        is_fused=True,
+    )
+
+
 def lora_variants() -> Iterator[Variant]:
     """Llama 8B's projections at rank 16: queries, gate and up in one product, down; and a large, odd rank."""
     for width, rank, num_parts in ((4096, 16, 1), (4096, 16, 2), (14336, 16, 1), (576, 33, 3)):
@@ -198,21 +237,30 @@ def lora_variants() -> Iterator[Variant]:
         )
 
 
-# Tiles and groups of V = 32,000 to 151,936 at the launcher's block sizes.
+def sampler_variants() -> Iterator[Variant]:
+    """One term and several; the vocabularies of SmolLM2, Llama 3 and Qwen."""
+    for max_terms in (1, 4):
+        yield Variant(
+            scan_triton._scan_kernel, {"MAX_TERMS": max_terms, "BLOCK": SCAN_BLOCK}, num_warps=SCAN_WARPS
+        )
+    yield Variant(scan_triton._normalizer_tile_kernel, {"BLOCK": SCAN_BLOCK}, num_warps=SCAN_WARPS)
+    yield Variant(rank_triton._rank_tile_kernel, {"BLOCK": SCAN_BLOCK}, num_warps=SCAN_WARPS)
+    for vocab_size in (49152, 128256, 151936):
+        tiles = triton.next_power_of_2(triton.cdiv(vocab_size, SCAN_BLOCK))
+        groups = triton.next_power_of_2(triton.cdiv(vocab_size, 16))
+        lists = {"TILES": tiles, "GROUPS": groups, "BLOCK": SELECT_BLOCK, "LIST": LIST_BLOCK}
+        yield Variant(scan_triton._normalizer_kernel, {"TILES": tiles}, num_warps=1)
+        yield Variant(rank_triton._rank_kernel, lists, num_warps=FINISH_WARPS)
+        for max_terms in (1, 4):
+            shape = {**lists, "MAX_TERMS": max_terms, "NOISE_GROUPS": groups // 16}
+            yield Variant(finish_triton._finish_kernel, shape, num_warps=FINISH_WARPS)
+
+
 VARIANTS = (
-    Variant(scan_triton._scan_kernel, {"MAX_TERMS": 1, "BLOCK": SCAN_BLOCK}),
-    Variant(scan_triton._scan_kernel, {"MAX_TERMS": 4, "BLOCK": SCAN_BLOCK}),
-    Variant(scan_triton._normalizer_tile_kernel, {"BLOCK": SCAN_BLOCK}),
-    Variant(scan_triton._normalizer_kernel, {"TILES": 64}, num_warps=1),
-    Variant(scan_triton._rank_kernel, {"BLOCK": SCAN_BLOCK}),
-    Variant(select_triton._select_kernel, {"MAX_TERMS": 1, "TILES": 16, "GROUPS": 512, "BLOCK": SCAN_BLOCK}),
-    Variant(
-        select_triton._select_kernel, {"MAX_TERMS": 4, "TILES": 128, "GROUPS": 4096, "BLOCK": SCAN_BLOCK}
-    ),
-    Variant(finish_triton._finish_kernel, {"MAX_TERMS": 1, "BLOCK": LIST_BLOCK}),
-    Variant(finish_triton._finish_kernel, {"MAX_TERMS": 4, "BLOCK": LIST_BLOCK}),
+    *sampler_variants(),
     *attention_variants(),
     *prefill_variants(),
+    *layer_variants(),
     *lora_variants(),
 )
 

@@ -28,6 +28,8 @@ MAX_SLICES = 16
 MIN_SLICE = 512
 NUM_WARPS = 4
 NUM_STAGES = 3
+# Parts of one expand: no layer has more over one input than queries, keys and values. More take further launches.
+MAX_PARTS = 3
 
 
 def add_deltas(
@@ -52,11 +54,17 @@ def add_deltas(
         IN_WIDTH=in_width, SHRUNK_WIDTH=X, SLICE=slice_width, BLOCK_I=BLOCK_I, BLOCK_X=block_of(X),
         IS_UPCAST=_is_upcast(x_NI.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
-    for number, (B_PrO, first) in enumerate(parts):
-        _, r, out_width = B_PrO.shape
-        _expand_kernel[(num_tiles * num_runs, triton.cdiv(out_width, block_o(r)))](
-            y_NO, y_NO.stride(0), B_PrO, B_PrO.stride(0), shrunk_JAX, rows_A, places_A,
-            num_rows, num_runs, out_width, number * r, first,
+    for begin in range(0, len(parts), MAX_PARTS):
+        own = parts[begin : begin + MAX_PARTS]
+        r = own[0][0].shape[1]
+        # Places that stand for no part have no columns, so no program comes to them.
+        factors = [B_PrO for B_PrO, _ in own] + [own[0][0]] * (MAX_PARTS - len(own))
+        widths = [B_PrO.shape[2] for B_PrO, _ in own] + [0] * (MAX_PARTS - len(own))
+        firsts = [first for _, first in own] + [0] * (MAX_PARTS - len(own))
+        num_blocks = sum(triton.cdiv(width, block_o(r)) for width in widths)
+        _expand_kernel[(num_tiles * num_runs, num_blocks)](
+            y_NO, y_NO.stride(0), *factors, shrunk_JAX, rows_A, places_A,
+            num_rows, num_runs, *widths, *firsts, begin * r,
             RANK=r, SHRUNK_WIDTH=X, NUM_SLICES=num_slices, BLOCK_J=triton.next_power_of_2(num_slices),
             BLOCK_R=block_of(r), BLOCK_O=block_o(r), num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -131,23 +139,32 @@ def _shrink_kernel(
 
 @triton.jit
 def _expand_kernel(
-    y_ptr, y_stride_row, B_ptr, B_stride_place, shrunk_ptr, rows_ptr, places_ptr,
-    num_rows, num_runs, out_width, first_shrunk, first_column,
+    y_ptr, y_stride_row, B_ptr, B_1_ptr, B_2_ptr, shrunk_ptr, rows_ptr, places_ptr,
+    num_rows, num_runs, width_0, width_1, width_2, first_0, first_1, first_2, first_shrunk,
     RANK: tl.constexpr, SHRUNK_WIDTH: tl.constexpr, NUM_SLICES: tl.constexpr, BLOCK_J: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """y += (sum of the slices) B over BLOCK_O columns of one part, for one run."""
+    """y += (sum of the slices) B over BLOCK_O columns of one of the parts, for one run."""
     index, is_own, place = _run(places_ptr, num_rows, num_runs)
     if place < 0:
         return
+    block, begin_1 = tl.program_id(1), tl.cdiv(width_0, BLOCK_O)
+    begin_2 = begin_1 + tl.cdiv(width_1, BLOCK_O)
+    is_1, is_2 = block >= begin_1, block >= begin_2
+    part = is_1.to(tl.int32) + is_2.to(tl.int32)
+    block -= tl.where(is_2, begin_2, tl.where(is_1, begin_1, 0))
+    out_width = tl.where(is_2, width_2, tl.where(is_1, width_1, width_0))
+    first_column = tl.where(is_2, first_2, tl.where(is_1, first_1, first_0))
+    factor_ptr = tl.where(is_2, B_2_ptr, tl.where(is_1, B_1_ptr, B_ptr))
+
     j, k = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_R)
-    at_JA = (j[:, None] * num_rows + index[None, :]) * SHRUNK_WIDTH + first_shrunk
+    at_JA = (j[:, None] * num_rows + index[None, :]) * SHRUNK_WIDTH + first_shrunk + part * RANK
     is_shrunk = (j < NUM_SLICES)[:, None, None] & is_own[None, :, None] & (k < RANK)[None, None, :]
     shrunk_JAR = tl.load(shrunk_ptr + at_JA[:, :, None] + k[None, None, :], mask=is_shrunk, other=0.0)
-    column = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    column = block * BLOCK_O + tl.arange(0, BLOCK_O)
     is_column = column < out_width
     B_RO = tl.load(
-        B_ptr + place * B_stride_place + k[:, None] * out_width + column[None, :],
+        factor_ptr + (place * RANK + k[:, None]) * out_width + column[None, :],
         mask=(k < RANK)[:, None] & is_column[None, :], other=0.0,
     )  # fmt: skip
     delta_AO = tl.dot(tl.sum(shrunk_JAR, 0), B_RO.to(tl.float32), input_precision="ieee")

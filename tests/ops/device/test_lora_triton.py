@@ -104,6 +104,24 @@ def test_parts_share_one_input_and_leave_the_columns_between_them(gap: int) -> N
     assert gap == 0 or torch.equal(case.ours()[:, :gap], case.y[:, :gap])
 
 
+@pytest.mark.parametrize(("num_parts", "launches"), [(1, 2), (2, 2), (3, 2), (4, 3), (7, 4)])
+def test_parts_are_expanded_in_one_launch_up_to_three(
+    num_parts: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[str] = []
+    for name in ("_shrink_kernel", "_expand_kernel"):
+        kernel = getattr(lora_triton, name)
+
+        class Counted:
+            def __getitem__(self, grid: tuple[int, ...], kernel: object = kernel, name: str = name) -> object:
+                counted.append(name)
+                return kernel[grid]
+
+        monkeypatch.setattr(lora_triton, name, Counted())
+    Case((1, 2, -1), sizes=tuple(33 + 50 * n for n in range(num_parts)), gap=3).check()
+    assert len(counted) == launches
+
+
 def test_a_wide_input_has_wider_slices_and_no_more_of_them() -> None:
     assert [lora_triton.slices_of(width) for width in (40, 4096, 14336)] == [(512, 1), (512, 8), (896, 16)]
     Case((0, 1), width=9000, rank=2).check()
