@@ -1,233 +1,201 @@
-"""Draws for the many rows that ask for little, all at once: what sampler_reference gives one by one, in a few tensor
-operations. Called by sampler_reference.
+"""Many rows drawn or scored at once: what sampler_reference gives one by one, in a few tensor operations. Called by
+sampler_reference.
 
-Takes rows without bans, penalties, bias, lists and measures, that have one relu_difference with a fused filter or are
-the target's alone without top-k, top-p and min-p. Nothing here depends on which rows come together.
+Tokens that could win are found first, by the best of each group of ids; all else looks at these alone. Nothing here
+depends on which rows come together. Rows that this file leaves out are rare: see ways.py.
 
-Legend: R rows of logits, V real vocabulary, N rows drawn here, G groups of token ids, C tokens of all rows."""
+Legend: R rows of logits, W their width, V real vocabulary, B rows of the call, N rows of a lane, C tokens of all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import inf, isfinite, log
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from uld_kernels import reference, rules
-from uld_kernels.logit_groups import Found, LogitGroups, first_best, merged
-from uld_kernels.lottery import draw_few, draw_whole
-from uld_kernels.noise import Stream
-from uld_kernels.nucleus import nucleus_indices, truncates
+from uld_kernels import rules
+from uld_kernels.assistants import Assistants
+from uld_kernels.candidates import kept_by_fused_filter, kept_by_target_filter, listed
+from uld_kernels.columns import Columns
+from uld_kernels.draws import token_of_lists, token_of_rows
+from uld_kernels.fusion import RowFailure, Streams, combine_whole
+from uld_kernels.history import penalized, penalizes, touched
+from uld_kernels.lane import Lane, RowsFailed
+from uld_kernels.logit_groups import LOWEST, Found, LogitGroups
+from uld_kernels.measure import (
+    Measures,
+    listing,
+    listing_of_rows,
+    measures_of_lists,
+    measures_of_rows,
+    ranks_of_lists,
+    ranks_of_rows,
+    scores_of,
+)
+from uld_kernels.normalizers import log_sum_exps
+from uld_kernels.protection import protected
 from uld_kernels.rows import LateRows, SampleRow
-
-# How much further down (nats) the next look goes when the tokens looked at are all hushed; it doubles each time.
-_FIRST_STEP = 4.0
-_BOUND_SLACK = 1e-3
-_LOWEST = torch.finfo(torch.float32).min
-
-_Way = Literal["greedy", "drawn", "hushed"]
-
-
-@dataclass(slots=True)
-class Drawn:
-    """Token and status of rows, by their number in the batch."""
-
-    tokens: dict[int, int] = field(default_factory=dict)
-    statuses: dict[int, int] = field(default_factory=dict)
-
-    def fail(self, number: int, status: int) -> None:
-        self.tokens[number], self.statuses[number] = -1, status
-
-    def succeed(self, numbers: Sequence[int], token_N: torch.Tensor) -> None:
-        self.tokens.update(zip(numbers, token_N.tolist(), strict=True))
-        self.statuses.update(dict.fromkeys(numbers, rules.OK))
+from uld_kernels.segments import Segments
+from uld_kernels.ways import Targets, Way, is_measured, lanes, way_of
 
 
 @dataclass(frozen=True, slots=True)
-class _Lane:
-    """Rows that take the same way, their numbers in the batch, and the target's scores of each."""
+class Batch:
+    """What the rows of a call share; as ops.fused_sample has it."""
 
-    numbers: list[int]
-    rows: list[SampleRow]
-    groups: LogitGroups
-    best_N: torch.Tensor
-    best_id_N: torch.Tensor
-
-    def of_rows(self, values: Sequence[float]) -> torch.Tensor:
-        """(N,) in the scores' dtype."""
-        return torch.tensor(values, dtype=self.best_N.dtype, device=self.best_N.device)
-
-    def temperatures(self) -> torch.Tensor:
-        """(N, 1)."""
-        return self.of_rows([row.temperature for row in self.rows])[:, None]
-
-    def log_taus(self) -> torch.Tensor:
-        return self.of_rows([log(row.terms[0].tau) for row in self.rows])
-
-    def stream(self) -> Stream:
-        seeds, positions = [row.seed for row in self.rows], [row.position for row in self.rows]
-        return Stream.of(seeds, positions, self.best_N.device)
-
-
-def sample_batch(
-    logits_RV: torch.Tensor,
-    rows: Sequence[SampleRow],
-    *,
-    vocab_size: int,
-    protected_ids: torch.Tensor,
-    late: LateRows | None,
-) -> Drawn:
-    """Draw for those of `rows` that can be drawn together; the others are not in what comes back."""
-    drawn = Drawn()
-    if logits_RV.dtype == torch.float64:
-        return drawn
-    ways: dict[_Way, list[int]] = {}
-    for number, row in enumerate(rows):
-        way = _way(row, has_protected=protected_ids.shape[0] > 0)
-        if way is not None:
-            ways.setdefault(way, []).append(number)
-    for way, numbers in ways.items():
-        lane = _lane(logits_RV[:, :vocab_size], rows, numbers, drawn)
-        if not lane.numbers:
-            continue
-        if way == "greedy":
-            drawn.succeed(lane.numbers, lane.best_id_N)
-        elif way == "drawn":
-            best = lane.best_N, lane.best_id_N
-            token_N = draw_whole(lane.groups, lane.stream(), temperature_N1=lane.temperatures(), best=best)
-            drawn.succeed(lane.numbers, token_N)
-        else:
-            _draw_hushed(lane, logits_RV, late, drawn)
-    return drawn
-
-
-def _lane(logits_RV: torch.Tensor, rows: Sequence[SampleRow], numbers: list[int], drawn: Drawn) -> _Lane:
-    """Rows whose target is NaN, or infinite or -inf everywhere, fail here and are not in the lane."""
-    row_b = [rows[number].row_b for number in numbers]
-    first, count = row_b[0], len(row_b)
-    if row_b == list(range(first, first + count)):
-        target_NV = logits_RV[first : first + count]
-    else:
-        target_NV = logits_RV.index_select(0, torch.tensor(row_b, device=logits_RV.device))
-    groups = LogitGroups.of(target_NV.float())
-    best_N, best_id_N = groups.best()
-    best = best_N.tolist()
-    if all(map(isfinite, best)):
-        return _Lane(numbers, [rows[number] for number in numbers], groups, best_N, best_id_N)
-    for number, value in zip(numbers, best, strict=True):
-        if not isfinite(value):
-            drawn.fail(number, rules.NOTHING_KEPT if value == -inf else rules.NUMERICAL)
-    healthy = [number for number in numbers if number not in drawn.statuses]
-    return _lane(logits_RV, rows, healthy, drawn) if healthy else _Lane([], [], groups, best_N, best_id_N)
-
-
-def _draw_hushed(lane: _Lane, logits_RV: torch.Tensor, late: LateRows | None, drawn: Drawn) -> None:
-    fused, best_N, at_N = _within_reach(lane, logits_RV, late)
-    if any(row.temperature for row in lane.rows):
-        # NaN compares false and keeps its row from being empty.
-        kept = fused.where(~(fused.value_C < (best_N + lane.log_taus())[fused.row_C]))
-        if any(map(truncates, lane.rows)):
-            kept = _nuclei(kept, lane.rows, best_N.isfinite().tolist())
-        token_N = draw_few(kept, lane.stream(), temperature_N1=lane.temperatures())
-    else:
-        token_N = fused.id_C[at_N]
-    drawn.succeed(lane.numbers, token_N)
-    for number, best in zip(lane.numbers, best_N.tolist(), strict=True):
-        if not isfinite(best):
-            drawn.fail(number, rules.NOTHING_KEPT if best == -inf else rules.NUMERICAL)
-
-
-def _nuclei(kept: Found, rows: Sequence[SampleRow], are_finite: Sequence[bool]) -> Found:
-    """What top-k, top-p and min-p leave of each row, one row after the other: few tokens are left of each. A row that
-    is going to fail keeps all: none may be left empty."""
-    sizes = torch.bincount(kept.row_C, minlength=len(rows)).tolist()
-    start, left = 0, []
-    for row, size, is_finite in zip(rows, sizes, are_finite, strict=True):
-        chosen = (
-            nucleus_indices(kept.value_C[start : start + size] / row.temperature, row)
-            if is_finite and truncates(row)
-            else None
-        )
-        left.append(torch.arange(size, device=kept.row_C.device) if chosen is None else chosen)
-        left[-1] += start
-        start += size
-    left_C = torch.cat(left)
-    return Found(kept.row_C[left_C], kept.id_C[left_C], kept.value_C[left_C])
-
-
-def _within_reach(
-    lane: _Lane, logits_RV: torch.Tensor, late: LateRows | None
-) -> tuple[Found, torch.Tensor, torch.Tensor]:
-    """Fused scores of all tokens that the fused filter could leave, and of each row the best and where it is.
-
-    relu_difference raises no score, so that nothing further below the target's best token than the best fused score
-    plus log tau can stay. That score is at least the best one of the tokens looked at so far: looks go down until
-    they have reached what it rules out. NaN is the best of a row whose assistant is not finite.
-    """
-    look = _Look(lane, logits_RV, late)
-    distance_N = lane.log_taus() - _BOUND_SLACK
-    limit_N = lane.best_N + distance_N
-    fused = look.fused(lane.groups.at_least(limit_N[:, None]))
-    step = _FIRST_STEP
-    while True:
-        best_N, at_N = first_best(fused.value_C, fused.row_C, num_rows=len(lane.rows))
-        lowest_N = (best_N + distance_N).clamp_min(_LOWEST)
-        goes_on_N = lowest_N < limit_N
-        if not goes_on_N.any():
-            return fused, best_N, at_N
-        next_N = torch.where(goes_on_N, torch.maximum(lowest_N, limit_N - step), inf)
-        further = lane.groups.at_least(next_N[:, None])
-        fused = merged(fused, look.fused(further.where(further.value_C < limit_N[further.row_C])))
-        limit_N, step = torch.minimum(next_N, limit_N), 2 * step
-
-
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """Fuses tokens of the lane's rows with their assistants'."""
-
-    lane: _Lane
-    logits_RV: torch.Tensor
+    logits_RW: torch.Tensor
+    rows: Sequence[SampleRow]
+    vocab_size: int
+    protected_ids: torch.Tensor
     late: LateRows | None
 
-    def fused(self, found: Found) -> Found:
-        """NaN where the assistant is not finite."""
-        a_C = self._assistant(found)
-        a_C = a_C + (a_C - a_C)  # inf - inf is NaN
-        strength_N = self.lane.of_rows([row.terms[0].strength for row in self.lane.rows])
-        s_C = reference.relu_difference(found.value_C, a_C, strength=strength_N[found.row_C])
-        return Found(found.row_C, found.id_C, s_C)
 
-    def _assistant(self, found: Found) -> torch.Tensor:
-        row_a = [row.terms[0].row_a for row in self.lane.rows]
-        row_C = torch.tensor(row_a, device=found.id_C.device)[found.row_C]
-        num_rows = self.logits_RV.shape[0]
-        if self.late is None:
-            return self.logits_RV[row_C, found.id_C].float()
-        a_C = self.late.scores_each((row_C - num_rows).clamp_min(0), found.id_C)
-        if min(row_a) >= num_rows:
-            return a_C
-        whole_C = self.logits_RV[row_C.clamp_max(num_rows - 1), found.id_C].float()
-        return torch.where(row_C < num_rows, whole_C, a_C)
+def sample_batch(batch: Batch, columns: Columns) -> None:
+    """Draws for those rows that can be drawn together; the others are not in `columns` afterwards."""
+
+    def draw(lane: Lane, way: Way) -> None:
+        if way.kind == "plain":
+            _draw_plain(lane, way, columns)
+        else:
+            _draw_fused(lane, way, batch, columns)
+
+    _work(batch, columns, draw, is_scored=False)
 
 
-def _asks_little(row: SampleRow) -> bool:
-    """Whether a row wants its token only, of all that its rule leaves."""
-    if row.is_measured or row.num_logprobs or row.repetition_penalty != 1.0:
-        return False
-    if row.presence_penalty or row.frequency_penalty or row.logit_bias is not None:
-        return False
-    return row.banned_ids is None and row.allowed_mask is None
+def score_batch(batch: Batch, target_ids_B: torch.Tensor, columns: Columns) -> None:
+    """The same of given tokens' scores and ranks."""
+
+    def score(lane: Lane, way: Way) -> None:
+        numbers_N = torch.tensor(lane.numbers, device=target_ids_B.device)
+        token_N = target_ids_B.index_select(0, numbers_N)
+        if way.kind == "plain":
+            score_N = lane.groups.at(token_N[:, None])[:, 0]
+            rank_N = ranks_of_rows(lane.groups, score_N)
+            _measure_plain(lane, columns, score_N)
+        else:
+            kept = _kept(lane, way, batch)
+            score_N = scores_of(kept, token_N)
+            rank_N = ranks_of_lists(kept, score_N)
+            measures, _ = _measured(lane, kept)
+            _measure_fused(lane, kept, measures, score_N, columns)
+        columns.rank(lane.numbers, rank_N)
+        columns.draw(lane.numbers, token_N)
+
+    _work(batch, columns, score, is_scored=True)
 
 
-def _way(row: SampleRow, *, has_protected: bool) -> _Way | None:
-    if not _asks_little(row):
-        return None
-    if not row.terms:
-        if truncates(row):
-            return None
-        return "greedy" if row.temperature == 0.0 else "drawn"
-    term = row.terms[0]
-    is_hushed = term.kind == rules.RELU_DIFFERENCE and term.filter_mode == rules.FUSED
-    return "hushed" if len(row.terms) == 1 and is_hushed and not (term.protect and has_protected) else None
+def _work(batch: Batch, columns: Columns, work: Callable[[Lane, Way], None], *, is_scored: bool) -> None:
+    """`work` writes columns once nothing can fail any more. A lane in which a row fails is worked without it."""
+    if batch.logits_RW.dtype == torch.float64:
+        return
+    shape = {"num_rows": batch.logits_RW.shape[0], "vocab_size": batch.vocab_size}
+    has_protected = batch.protected_ids.shape[0] > 0
+    ways = [way_of(row, **shape, has_protected=has_protected, is_scored=is_scored) for row in batch.rows]
+    used = [row for row, way in zip(batch.rows, ways, strict=True) if way is not None]
+    if not used:
+        return
+    targets = Targets(batch.logits_RW, used, vocab_size=batch.vocab_size)
+    for way, members in lanes(ways):
+        numbers = members
+        while numbers:
+            try:
+                work(targets.lane(numbers, [batch.rows[number] for number in numbers], bans=way.bans), way)
+                break
+            except RowsFailed as failed:
+                for number, status in failed.statuses.items():
+                    if status is not None:
+                        columns.fail(number, status)
+                numbers = [number for number in numbers if number not in failed.statuses]
+
+
+# --- rows without a term -----------------------------------------------------------------------------
+
+
+def _draw_plain(lane: Lane, way: Way, columns: Columns) -> None:
+    token_N = token_of_rows(_penalized_rows(lane) if way.penalizes else lane)
+    measured = [place for place, row in enumerate(lane.rows) if is_measured(row)]
+    if measured:
+        part = lane.select(measured)
+        own_N = token_N.index_select(0, torch.tensor(measured, device=token_N.device))
+        _measure_plain(part, columns, part.groups.at(own_N[:, None])[:, 0])
+    columns.draw(lane.numbers, token_N)
+
+
+def _measure_plain(lane: Lane, columns: Columns, score_N: torch.Tensor) -> None:
+    measures = measures_of_rows(lane.groups, log_sum_exps(lane.groups))
+    num_listed = max(row.num_logprobs for row in lane.rows)
+    listing_NT = listing_of_rows(lane.groups, num_listed) if num_listed else None
+    columns.measure(lane.numbers, measures, score_N=score_N, listing=listing_NT)
+
+
+def _penalized_rows(lane: Lane) -> Lane:
+    """Raises RowsFailed where a penalty or bias makes a score infinite."""
+    row_C, id_C = touched(lane.rows, lane.best_N.device)
+    before = Found(row_C, id_C, lane.groups.at_each(row_C, id_C))
+    after_C = penalized(before, lane.rows, None, vocab_size=lane.groups.size)
+    is_lost_C = ~after_C.isfinite() & (before.value_C >= LOWEST)
+    lane.fail_where(torch.bincount(row_C[is_lost_C], minlength=len(lane.rows)) > 0, rules.NUMERICAL)
+    values_NW = lane.groups.copy()
+    values_NW.view(-1).index_copy_(0, row_C * values_NW.shape[1] + id_C, after_C)
+    return Lane.of(lane.numbers, lane.rows, LogitGroups.of(values_NW, size=lane.groups.size))
+
+
+# --- rows with terms ---------------------------------------------------------------------------------
+
+
+def _draw_fused(lane: Lane, way: Way, batch: Batch, columns: Columns) -> None:
+    kept = _kept(lane, way, batch)
+    measures, anchor_N = _measured(lane, kept) if way.is_measured else (None, None)
+    weights = kept
+    if any(map(penalizes, lane.rows)):
+        weights = kept.valued(penalized(kept, lane.rows, anchor_N, vocab_size=lane.groups.size))
+    segments = Segments.of(weights.row_C, len(lane.rows))
+    highest_N, lowest_N = segments.maxima(weights.value_C), -segments.maxima(-weights.value_C)
+    lane.fail_where(~(highest_N.isfinite() & lowest_N.isfinite()), rules.NUMERICAL)
+    token_N = token_of_lists(lane, weights)
+    if measures is not None:
+        _measure_fused(lane, kept, measures, scores_of(kept, token_N), columns)
+    columns.draw(lane.numbers, token_N)
+
+
+def _kept(lane: Lane, way: Way, batch: Batch) -> Found:
+    """What filters, rules and protection leave, at least one token a row. Raises RowsFailed."""
+    fuse = Assistants(lane, batch.logits_RW, batch.late).fused
+    if way.kind == "target_filter":
+        kept = kept_by_target_filter(lane, fuse)
+    elif way.kind == "fused_filter":
+        kept = kept_by_fused_filter(lane, fuse)
+    else:
+        kept = listed(_whole_scores(lane, batch), lane)
+    return protected(kept, lane.groups, batch.protected_ids) if way.protects else kept
+
+
+def _whole_scores(lane: Lane, batch: Batch) -> torch.Tensor:
+    """(N, V) fused scores, one row after the other; -inf where a token is banned or removed. Raises RowsFailed."""
+    streams = Streams(batch.logits_RW, batch.vocab_size, batch.late)
+    scores_NV = lane.groups.copy()
+    failed: dict[int, int | None] = {}
+    for place, (number, row) in enumerate(zip(lane.numbers, lane.rows, strict=True)):
+        try:
+            scores_NV[place, : batch.vocab_size] = combine_whole(streams, lane.groups.row(place), row)
+        except RowFailure as failure:
+            failed[number] = failure.status
+    if failed:
+        raise RowsFailed(failed)
+    return scores_NV
+
+
+def _measured(lane: Lane, kept: Found) -> tuple[Measures, torch.Tensor]:
+    """And how far the scores are from the target's own log-normaliser."""
+    target_C, target_lse_N = lane.groups.at_each(kept.row_C, kept.id_C), log_sum_exps(lane.groups)
+    measures = measures_of_lists(kept, target_C, target_lse_N, lane.best_id_N)
+    lane.fail_where(~measures.lse_N.isfinite(), rules.NUMERICAL)
+    return measures, target_lse_N - measures.lse_N
+
+
+def _measure_fused(
+    lane: Lane, kept: Found, measures: Measures, score_N: torch.Tensor, columns: Columns
+) -> None:
+    num_listed = max(row.num_logprobs for row in lane.rows)
+    listing_NT = listing(kept, num_listed, num_rows=len(lane.rows)) if num_listed else None
+    columns.measure(lane.numbers, measures, score_N=score_N, listing=listing_NT)

@@ -13,8 +13,12 @@ from math import inf, isfinite, log, nan
 import torch
 
 from uld_kernels import reference, rules
-from uld_kernels.logit_groups import containing_largest, true_indices
+from uld_kernels.logit_groups import Found, LogitGroups, containing_largest
+from uld_kernels.measure import measures_of_lists
+from uld_kernels.normalizers import log_sum_exp
+from uld_kernels.protection import protected
 from uld_kernels.rows import LateRows, SampleRow, Term
+from uld_kernels.segments import true_indices
 
 # So many of the target's best tokens tell how far down the others could matter.
 _NUM_TOP = 32
@@ -33,6 +37,10 @@ class Fused:
     target_lse: float = nan
     kl: float = nan
     argmax_changed: bool = False
+
+    @property
+    def found(self) -> Found:
+        return Found(torch.zeros_like(self.ids_K), self.ids_K, self.scores_K)
 
     @property
     def num_kept(self) -> int:
@@ -68,12 +76,12 @@ def fuse(streams: Streams, row: SampleRow, *, protected_ids: torch.Tensor, is_me
         b_K = gather(b_V, ids_K)
         if not is_measured:
             return Fused(ids_K, b_K)
-        lse = b_K.logsumexp(-1).item()
+        lse = log_sum_exp(b_V)
         return Fused(ids_K, b_K, lse=lse, target_lse=lse, kl=0.0, argmax_changed=False)
     fused_tau = max((term.tau for term in terms if term.filter_mode == rules.FUSED), default=0.0)
     if fused_tau > 0.0 and all(term.kind == rules.RELU_DIFFERENCE for term in terms):
         ids_K = _reachable(streams, b_V, ids_K, terms, row.compose, tau=fused_tau)
-    scores_K = _combine(streams, b_V, ids_K, terms, row.compose)
+    scores_K = combine(streams, b_V, ids_K, terms, row.compose)
     ids_K, scores_K = _compress(ids_K, scores_K, scores_K > -inf)
     if fused_tau > 0.0 and ids_K.shape[0] > 0:
         ids_K, scores_K = _compress(ids_K, scores_K, reference.fused_keep(scores_K, tau=fused_tau))
@@ -124,7 +132,7 @@ class Streams:
     def kept_log(self, row: int, ids_K: torch.Tensor) -> torch.Tensor:
         """The same as log-softmax over the whole vocabulary."""
         stream_K = self.kept(row, ids_K)
-        normalizer = self.read(row).logsumexp(-1).item()
+        normalizer = log_sum_exp(self.read(row))
         if not isfinite(normalizer):
             raise RowFailure(rules.NUMERICAL)
         return stream_K - normalizer
@@ -171,7 +179,7 @@ def _reachable(
     b_K = gather(b_V, ids_K)
     kth = containing_largest(b_K, _NUM_TOP).topk(min(_NUM_TOP, ids_K.shape[0])).values.amin()
     best_K = ids_K[true_indices(b_K >= kth)]
-    best = _combine(streams, b_V, best_K, terms, mode).max().item()
+    best = combine(streams, b_V, best_K, terms, mode).max().item()
     # A little below: the filter compares rounded numbers.
     lowest = best + log(tau) - _BOUND_SLACK
     if ids_K.shape[0] == b_V.shape[0]:
@@ -179,14 +187,24 @@ def _reachable(
     return ids_K[b_V[ids_K] >= lowest]
 
 
-def _combine(
+def combine(
     streams: Streams, b_V: torch.Tensor, ids_K: torch.Tensor, terms: tuple[Term, ...], mode: int
 ) -> torch.Tensor:
+    """Fused scores of some tokens before the fused filter. Raises RowFailure."""
     b_K = gather(b_V, ids_K)
     if len(terms) == 1:
         return _apply_one(streams, b_K, ids_K, terms[0])
     penalties = [_penalty(streams, b_K, ids_K, term, vocab_size=b_V.shape[0]) for term in terms]
     return reference.compose(b_K, penalties, mode=mode)
+
+
+def combine_whole(streams: Streams, b_V: torch.Tensor, row: SampleRow) -> torch.Tensor:
+    """combine() of all tokens of a target whose banned tokens are -inf, and stay so. Raises RowFailure."""
+    ids_K = _prefilter(b_V, (), has_holes=b_V.amin().item() == -inf)
+    scores_K = combine(streams, b_V, ids_K, row.distinct_terms, row.compose)
+    if ids_K.shape[0] == b_V.shape[0]:
+        return scores_K
+    return torch.full_like(b_V, -inf).index_copy_(0, ids_K, scores_K)
 
 
 def _apply_one(streams: Streams, b_K: torch.Tensor, ids_K: torch.Tensor, term: Term) -> torch.Tensor:
@@ -235,19 +253,24 @@ def _compress(
 def _protect(
     b_V: torch.Tensor, ids_K: torch.Tensor, scores_K: torch.Tensor, protected_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dense_V = torch.full_like(b_V, -inf).index_copy_(0, ids_K, scores_K)
-    dense_V = reference.protect(dense_V, b_V, protected_ids)
-    ids_K = true_indices(dense_V > -inf)
-    return ids_K, dense_V[ids_K]
+    kept = Found(torch.zeros_like(ids_K), ids_K, scores_K)
+    whole = protected(kept, LogitGroups.of(b_V[None]), protected_ids)
+    return whole.id_C, whole.value_C
 
 
 def _measured(b_V: torch.Tensor, ids_K: torch.Tensor, scores_K: torch.Tensor) -> Fused:
-    lse = scores_K.logsumexp(-1).item()
+    target_lse = log_sum_exp(b_V)
+    kept = Found(torch.zeros_like(ids_K), ids_K, scores_K)
+    of_target = torch.tensor([target_lse], dtype=torch.float64, device=ids_K.device)
+    measures = measures_of_lists(kept, gather(b_V, ids_K), of_target, b_V.argmax()[None])
+    lse = measures.lse_N.item()
     if not isfinite(lse):
         raise RowFailure(rules.NUMERICAL)
-    target_lse = b_V.logsumexp(-1).item()
-    logprobs_K, target_K = scores_K - lse, gather(b_V, ids_K) - target_lse
-    kl = torch.dot(logprobs_K.exp(), logprobs_K - target_K).item()
-    changed = ids_K[scores_K.argmax()].item() != b_V.argmax().item()
-    # Rounding can leave a distribution that equals the target at -1e-8.
-    return Fused(ids_K, scores_K, lse=lse, target_lse=target_lse, kl=max(kl, 0.0), argmax_changed=changed)
+    return Fused(
+        ids_K,
+        scores_K,
+        lse=lse,
+        target_lse=target_lse,
+        kl=measures.kl_N.item(),
+        argmax_changed=bool(measures.changed_N.item()),
+    )

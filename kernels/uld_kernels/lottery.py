@@ -107,8 +107,13 @@ def draw_few(found: Found, stream: Stream, *, temperature_N1: torch.Tensor) -> t
     return found.id_C[first_best(value_C, found.row_C, num_rows=num_rows)[1]]
 
 
+def is_long(num_tokens: int) -> bool:
+    """Whether a list is drawn from faster as a whole row."""
+    return num_tokens > _DRAWN_WHOLE
+
+
 def _is_small(lot: Lot) -> bool:
-    return lot.ids_K.shape[0] <= _DRAWN_WHOLE
+    return not is_long(lot.ids_K.shape[0])
 
 
 def _is_large(lot: Lot) -> bool:

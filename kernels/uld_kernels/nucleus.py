@@ -1,19 +1,28 @@
-"""Which tokens of one row top-k, top-p and min-p leave. Called by the torch samplers. Knows no rule and no noise.
+"""Which tokens top-k, top-p and min-p leave of each row. Called by the torch samplers. Knows no rule and no noise.
 
-Legend: K tokens of one row."""
+Legend: N rows, C tokens of all rows, K tokens of the longest row."""
 
 from __future__ import annotations
 
-from math import log
+from collections.abc import Sequence
+from math import inf, log
 
 import torch
 
 from uld_kernels import reference
-from uld_kernels.logit_groups import true_indices
+from uld_kernels.logit_groups import LOWEST, Found, LogitGroups
+from uld_kernels.normalizers import log_sum_exps
 from uld_kernels.rows import SampleRow
+from uld_kernels.segments import Segments, descending, true_indices
 
-# How many of the largest tokens top-p sorts first; a flatter distribution is then sorted whole.
-_TOP_P_FIRST_LOOK = 1024
+# Longer rows are ordered one by one: padding the others to their length would cost more.
+_SHORT = 4096
+# What fp32 exponentials and the rounding of large log-weights could be off, as a share of a row's mass.
+_UNSURE = 2e-5
+_UNSURE_A_NAT = 2.0**-22
+# How far down (nats) top-p looks first, and how much further each next time.
+_FIRST_DEPTH = 6.0
+_BOUND_SLACK = 1e-3
 
 
 def truncates(row: SampleRow) -> bool:
@@ -22,25 +31,138 @@ def truncates(row: SampleRow) -> bool:
 
 
 def nucleus_indices(z_K: torch.Tensor, row: SampleRow) -> torch.Tensor | None:
-    """Indices, ascending, that top-k, then top-p on what is left, then min-p leave; None where all are off."""
-    chosen: torch.Tensor | None = None
+    """Indices, ascending, that top-k, then top-p on what is left, then min-p leave of one row's log-weights; None where
+    all are off."""
+    if not truncates(row):
+        return None
     if 0 < row.top_k < z_K.shape[0]:
-        chosen = reference.largest(z_K, row.top_k)
-    if row.top_p < 1.0:
-        chosen = _top_p(z_K, row.top_p) if chosen is None else chosen[_top_p(z_K[chosen], row.top_p)]
-    if row.min_p > 0.0:
-        lowest = z_K.max() + log(row.min_p)
-        chosen = true_indices(z_K >= lowest) if chosen is None else chosen[z_K[chosen] >= lowest]
-    return None if chosen is None else chosen.sort().values
+        chosen = reference.largest(z_K, row.top_k).sort().values
+        kept = _prefixes(z_K[chosen][None], [row], None)
+        return chosen[true_indices(kept[0][0])]
+    return true_indices(_prefixes(z_K[None], [row], None)[0][0])
 
 
-def _top_p(z_K: torch.Tensor, p: float) -> torch.Tensor:
-    """The nucleus of reference.top_p_keep as indices, without sorting what cannot be in it."""
-    weights = (z_K.double() - z_K.max().double()).exp_()
-    mass = p * weights.sum()
-    for num_looked_at in (_TOP_P_FIRST_LOOK, z_K.shape[0]):
-        order = reference.largest(z_K, num_looked_at)
-        size = int(reference.nucleus_size(weights[order], mass).item())
-        if size < order.shape[0]:
-            break
-    return order[:size]
+def nuclei(
+    segments: Segments, z_C: torch.Tensor, rows: Sequence[SampleRow], masses: Sequence[float] | None = None
+) -> tuple[torch.Tensor, list[int]]:
+    """Which of the rows' log-weights (C,) top-k, top-p and min-p leave, and the rows that fp32 cannot decide.
+
+    `masses` are log-sum-exps of whole rows, in fp32, of which the log-weights listed are the top; without, what is
+    listed is all there is."""
+    keep_C = torch.ones_like(z_C, dtype=torch.bool)
+    lengths, starts = segments.length_N.tolist(), segments.start_N.tolist()
+    unsure: list[int] = []
+    short = [n for n, row in enumerate(rows) if truncates(row) and lengths[n] <= _SHORT]
+    long = [n for n, row in enumerate(rows) if truncates(row) and lengths[n] > _SHORT]
+    for numbers in ([short] if short else []) + [[n] for n in long]:
+        width = max(lengths[n] for n in numbers)
+        z_NK = z_C.new_full((len(numbers), width), -inf)
+        for place, n in enumerate(numbers):
+            z_NK[place, : lengths[n]] = z_C[starts[n] : starts[n] + lengths[n]]
+        mass = None if masses is None else [masses[n] for n in numbers]
+        kept_NK, doubtful = _prefixes(z_NK, [rows[n] for n in numbers], mass)
+        unsure += [numbers[place] for place in doubtful]
+        for place, n in enumerate(numbers):
+            keep_C[starts[n] : starts[n] + lengths[n]] = kept_NK[place, : lengths[n]]
+    return keep_C, unsure
+
+
+def top_of(
+    groups: LogitGroups, rows: Sequence[SampleRow], best_N: torch.Tensor
+) -> tuple[Found, list[float] | None]:
+    """Of whole rows the scores that a nucleus could hold, and what nuclei() wants to know of the rest."""
+    if all(row.top_k for row in rows):
+        return _largest(groups, max(row.top_k for row in rows)), None
+    lse = log_sum_exps(groups, scales=[1.0 / row.temperature for row in rows])
+    temperature_N = best_N.new_tensor([row.temperature for row in rows])
+    wanted = [row.top_p if row.top_k == 0 and row.top_p < 1.0 else 0.0 for row in rows]
+    wanted_N = torch.tensor(wanted, dtype=torch.float64, device=lse.device)
+    wanted_N *= 1.0 + 2.0 * _tolerance((best_N / temperature_N).double()).clamp_max(1e-3)
+    depths = [_FIRST_DEPTH] * len(rows)
+    while True:
+        limit_N = _limits(groups, rows, best_N, depths)
+        found = groups.at_least(limit_N[:, None])
+        segments = Segments.of(found.row_C, len(rows))
+        z_C = found.value_C.double() / segments.spread(temperature_N)
+        reached_N = segments.sums((z_C - segments.spread(lse)).exp_())
+        is_short = ((reached_N <= wanted_N) & (limit_N > LOWEST)).tolist()
+        if not any(is_short):
+            return found, lse.tolist()
+        depths = [1.6 * depth if short else depth for depth, short in zip(depths, is_short, strict=True)]
+
+
+def _tolerance(best: torch.Tensor) -> torch.Tensor:
+    """How much of its mass a row is unsure of, by its largest log-weight."""
+    return _UNSURE + _UNSURE_A_NAT * best.abs()
+
+
+def _limits(
+    groups: LogitGroups, rows: Sequence[SampleRow], best_N: torch.Tensor, depths: Sequence[float]
+) -> torch.Tensor:
+    """(N,): min-p's limit where nothing else cuts, top-k's, and for top-p a limit so many nats down."""
+    below = [
+        _depth(row, depth) * row.temperature * (1 + _BOUND_SLACK) + _BOUND_SLACK
+        for row, depth in zip(rows, depths, strict=True)
+    ]
+    limit_N = (best_N - best_N.new_tensor(below)).clamp_min(LOWEST)
+    largest = max(row.top_k for row in rows)
+    if largest:
+        has_k_N = best_N.new_tensor([row.top_k > 0 for row in rows]) > 0
+        limit_N = torch.where(has_k_N, groups.holding_largest(largest)[1], limit_N)
+    return limit_N
+
+
+def _depth(row: SampleRow, depth: float) -> float:
+    if row.top_p == 1.0 and row.min_p > 0.0:
+        return -log(row.min_p)
+    return depth
+
+
+def _largest(groups: LogitGroups, k: int) -> Found:
+    cut, limit_N = groups.holding_largest(k)
+    return cut.at_least(limit_N[:, None])
+
+
+def _prefixes(
+    z_NK: torch.Tensor, rows: Sequence[SampleRow], masses: Sequence[float] | None
+) -> tuple[torch.Tensor, list[int]]:
+    """nuclei() of rows padded with -inf."""
+    order_NK = descending(z_NK)
+    z_NK = z_NK.gather(1, order_NK)
+    rank_K = torch.arange(z_NK.shape[1], device=z_NK.device)
+    most_N1 = torch.tensor([[row.top_k or z_NK.shape[1]] for row in rows], device=z_NK.device)
+    keep_NK = (rank_K < most_N1) & (z_NK > -inf)
+    unsure: list[int] = []
+    if any(row.top_p < 1.0 for row in rows):
+        in_nucleus_NK, unsure = _in_nuclei(z_NK, keep_NK, rows, masses)
+        keep_NK &= in_nucleus_NK
+    if any(row.min_p > 0.0 for row in rows):
+        lowest = [[log(row.min_p) if row.min_p > 0.0 else -inf] for row in rows]
+        keep_NK &= z_NK >= reference.relative_threshold(z_NK[:, :1], z_NK.new_tensor(lowest))
+    return torch.zeros_like(keep_NK).scatter_(1, order_NK, keep_NK), unsure
+
+
+def _in_nuclei(
+    z_NK: torch.Tensor, keep_NK: torch.Tensor, rows: Sequence[SampleRow], masses: Sequence[float] | None
+) -> tuple[torch.Tensor, list[int]]:
+    """Top-p on what top-k left, of rows in falling order."""
+    best_N1 = z_NK[:, :1].double()
+    weights_NK = (z_NK.double() - best_N1).exp_().masked_fill_(~keep_NK, 0.0)
+    # Not sum(-1), whose order hangs on the padding.
+    total_N1 = listed_N1 = weights_NK.cumsum(-1)[:, -1:]
+    if masses is not None:
+        whole_N1 = (torch.tensor(masses, dtype=torch.float64, device=z_NK.device)[:, None] - best_N1).exp_()
+        has_k_N1 = torch.tensor([[row.top_k > 0] for row in rows], device=z_NK.device)
+        total_N1 = torch.where(has_k_N1, total_N1, whole_N1)
+    p_N1 = torch.tensor([[row.top_p] for row in rows], dtype=torch.float64, device=z_NK.device)
+    size_N1 = reference.nucleus_size(weights_NK, p_N1 * total_N1)
+    size_N1 = torch.where(p_N1 < 1.0, size_N1, z_NK.shape[1])
+    unsure: list[int] = []
+    if masses is not None:
+        mass_N1, off_N1 = p_N1 * total_N1, _tolerance(best_N1)
+        low_N1 = reference.nucleus_size(weights_NK, mass_N1 * (1.0 - off_N1))
+        high_N1 = reference.nucleus_size(weights_NK, mass_N1 * (1.0 + off_N1))
+        is_open_N1 = (low_N1 != high_N1) | (listed_N1 < mass_N1 * (1.0 + off_N1))
+        is_unsure_N = (is_open_N1 & ~has_k_N1 & (p_N1 < 1.0))[:, 0]
+        unsure = true_indices(is_unsure_N).tolist()
+    return torch.arange(z_NK.shape[1], device=z_NK.device) < size_N1, unsure

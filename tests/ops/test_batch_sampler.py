@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from uld_kernels import LateRows, SampleOutput, SampleRow, Term, fused_sample, rules
-from uld_kernels.batch_sampler import sample_batch
+from uld_kernels.batch_sampler import Batch, sample_batch
+from uld_kernels.columns import Columns
 from uld_kernels.logit_groups import Found, containing_largest
 from uld_kernels.lottery import draw_few
 from uld_kernels.noise import Stream
@@ -99,21 +100,28 @@ def test_rows_together_draw_what_each_draws_alone_and_what_a_measured_row_draws(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_plain_and_late_rows_are_drawn_at_once_and_a_row_that_wants_more_is_not(temperature: float) -> None:
+def test_all_but_rare_rows_are_drawn_at_once(temperature: float) -> None:
     logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
     late = LateRows(torch.randn(1, DIM), torch.randn(300, DIM))
     few = SampleRow(0, temperature=temperature, is_measured=False)
     hushed = replace(few, terms=(term(2, strength=1.0, tau=0.02),))
-    more = [
+    common = [
+        few,
         replace(few, is_measured=True),
         replace(few, presence_penalty=1.0),
         replace(few, banned_ids=torch.tensor([1])),
-        replace(few, num_logprobs=1),
+        replace(few, num_logprobs=1, top_p=0.9),
+        hushed,
+        replace(hushed, top_p=0.9),
         replace(few, terms=(term(2, strength=1.0, tau=0.02, protect=True),)),
     ]
-    rows = [few, *more, hushed, replace(hushed, top_p=0.9)]
-    drawn = sample_batch(logits, rows, vocab_size=300, protected_ids=PROTECTED, late=late)
-    assert sorted(drawn.tokens) == [0, 6, 7]
+    rare = [
+        replace(few, terms=(Term(rules.SUBTRACT, 1.0, digest=1, row_a=1),)),
+        replace(few, terms=(Term(rules.SUBTRACT, 1.0, 1, row_a=2, filter_mode=rules.FUSED, tau=0.1),)),
+    ]
+    columns = Columns(common + rare)
+    sample_batch(Batch(logits, common + rare, 300, PROTECTED, late), columns)
+    assert sorted(columns.tokens) == list(range(len(common)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
