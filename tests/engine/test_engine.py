@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,12 @@ from uld_serve.model.head import Scores
 
 MakeEngine = Callable[..., Engine]
 PROMPT = list(b"Once upon a time")
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
+def make_engine(make_engine: MakeEngine, request: pytest.FixtureRequest) -> MakeEngine:
+    """Each step after the one before it, or launched while that is in flight."""
+    return partial(make_engine, overlap=request.param)
 
 
 def forgetting(tiny: Tiny, *names: str, scale: float = 1.0) -> Decision:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from tiny_base import Tiny
@@ -13,6 +14,12 @@ from uld_serve.engine.request import Delta, SamplingParams
 from uld_serve.errors import InvalidRequest
 
 MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
+def make_engine(make_engine: MakeEngine, request: pytest.FixtureRequest) -> MakeEngine:
+    """Each step after the one before it, or launched while that is in flight."""
+    return partial(make_engine, overlap=request.param)
 
 
 def greedy(max_tokens: int) -> SamplingParams:
@@ -90,9 +97,9 @@ def test_an_adapter_lost_under_a_running_request_ends_it_and_draws_nothing(
     engine.planner.bank.release(stream.seat.key)  # as a second release, our bug, would
     engine.planner.bank.evict(stream.seat.key)
     engine.planner.bank._users[stream.seat.key] = 1
-    [delta] = engine.step()
-    assert delta.finish_reason == "error"
-    assert delta.token_ids == ()
+    last = finish(engine)["r"]
+    assert last.finish_reason == "error"
+    assert last.token_ids == ()
 
 
 def test_profiles_that_can_never_be_resident_together_are_refused_for_good(

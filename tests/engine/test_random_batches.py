@@ -99,6 +99,7 @@ def run_round(
         max_step_rows=rng.choice([5, 17, 64, 512]),
         max_num_seqs=rng.choice([1, 3, 16]),
         adapter_bytes=rng.choice([4 * 10**5, 10**8]),
+        overlap=rng.random() < 0.5,
     )
     todo = [rng.randrange(NUM_JOBS) for _ in range(rng.randrange(1, 41))]
     got: dict[str, list[int]] = {}
