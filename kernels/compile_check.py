@@ -74,6 +74,7 @@ POINTER_TYPES = {
     "blocks_ptr": "i64",
     "lengths_ptr": "i32",
     "places_ptr": "i64",
+    "place_of_ptr": "i64",
     "positions_ptr": "i64",
 }
 SCALAR_TYPES = {"log_vocab_size": "fp32", "stride_row": "i64", "scale_log2": "fp32", "eps": "fp32"}
@@ -216,6 +217,7 @@ def lora_variants() -> Iterator[Variant]:
                 "SLICE": slice_width,
                 "BLOCK_I": lora_triton.BLOCK_I,
                 "BLOCK_X": lora_triton.block_of(rank * num_parts),
+                "HAS_TABLE": 1,
                 "IS_UPCAST": 0,
             },
             num_warps=lora_triton.NUM_WARPS,
@@ -231,6 +233,7 @@ def lora_variants() -> Iterator[Variant]:
                 "BLOCK_J": triton.next_power_of_2(num_slices),
                 "BLOCK_R": lora_triton.block_of(rank),
                 "BLOCK_O": lora_triton.block_o(rank),
+                "HAS_TABLE": 1,
             },
             num_warps=lora_triton.NUM_WARPS,
             is_fused=True,

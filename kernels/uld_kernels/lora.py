@@ -21,6 +21,7 @@ def add_deltas(
     *,
     rows_A: torch.Tensor,
     places_A: torch.Tensor,
+    place_of_Z: torch.Tensor | None = None,
 ) -> None:
     """y += (x A) B in place, for rows with an adapter (arXiv 2106.09685, Eq. 3; scaling and order are in A and B).
 
@@ -28,17 +29,26 @@ def add_deltas(
                 lie in the order of the parts, r each.
     rows_A      rows of x and y, each at most once.
     places_A    the place in A and B of each of them; negative: none. Equal places side by side are one product.
+    place_of_Z  makes places_A numbers of adapters: the place of each, negative where it has none in these layers, as
+                have numbers beyond it. So one places_A serves all layers of a step, and no launch looks them up.
 
     Sums are in fp32 and rounded once. On CUDA a row's bits hang on nothing beside it. Raises ValueError for
     shapes that do not fit; ids in the tables are not looked at, since that would wait for the device.
     """
     _check(y_NO, x_NI, A_PIX, parts, rows_A, places_A)
+    if place_of_Z is not None and not place_of_Z.is_contiguous():
+        raise ValueError("the places of adapters must lie contiguous")
     if x_NI.is_cuda and x_NI.dtype in HALF_OR_SINGLE:
         # Imported where used: triton is not there on every machine that serves from the CPU.
         from uld_kernels import lora_triton
 
-        lora_triton.add_deltas(y_NO, x_NI, A_PIX, parts, rows_A=rows_A, places_A=places_A)
+        lora_triton.add_deltas(
+            y_NO, x_NI, A_PIX, parts, rows_A=rows_A, places_A=places_A, place_of_Z=place_of_Z
+        )
     else:
+        if place_of_Z is not None:
+            is_known_A = (places_A >= 0) & (places_A < place_of_Z.shape[0])
+            places_A = torch.where(is_known_A, place_of_Z[torch.where(is_known_A, places_A, 0)], -1)
         reference(y_NO, x_NI, A_PIX, parts, rows_A=rows_A, places_A=places_A)
 
 

@@ -13,6 +13,7 @@ X shrunk width (r times the parts), J slices of the input width."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -40,20 +41,62 @@ def add_deltas(
     *,
     rows_A: torch.Tensor,
     places_A: torch.Tensor,
+    place_of_Z: torch.Tensor | None,
 ) -> None:
     """lora.add_deltas for arguments that it has checked."""
-    num_rows, (num_places, in_width, X) = rows_A.shape[0], A_PIX.shape
+    seats = Seats(rows_A, places_A, place_of_Z)
+    shrunk_JAX = shrink(x_NI, A_PIX, seats)
+    if shrunk_JAX is not None:
+        expand(y_NO, shrunk_JAX, parts, seats)
+
+
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """Which rows have an adapter, and where it is; `place_of_Z` None: places_A says it itself."""
+
+    rows_A: torch.Tensor
+    places_A: torch.Tensor
+    place_of_Z: torch.Tensor | None
+
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        table = self.places_A if self.place_of_Z is None else self.place_of_Z
+        return self.rows_A, self.places_A, table, table.shape[0]
+
+    @property
+    def num_runs(self) -> int:
+        """Runs of equal places that a tile may have."""
+        return min(int(BLOCK_A.value), self.rows_A.shape[0])
+
+    @property
+    def num_programs(self) -> int:
+        return int(triton.cdiv(self.rows_A.shape[0], BLOCK_A.value)) * self.num_runs
+
+
+def shrink(x_NI: torch.Tensor, A_PIX: torch.Tensor, seats: Seats) -> torch.Tensor | None:
+    """Partial sums of x A by slice of the input, fp32; None where there is nothing to sum."""
+    num_rows, (num_places, in_width, X) = seats.rows_A.shape[0], A_PIX.shape
     if num_rows == 0 or X == 0 or num_places == 0:
-        return
+        return None
     slice_width, num_slices = slices_of(in_width)
     shrunk_JAX = torch.empty((num_slices, num_rows, X), dtype=torch.float32, device=x_NI.device)
-    num_runs = min(BLOCK_A.value, num_rows)
-    num_tiles = triton.cdiv(num_rows, BLOCK_A.value)
-    _shrink_kernel[(num_tiles * num_runs, num_slices)](
-        x_NI, x_NI.stride(0), A_PIX, A_PIX.stride(0), shrunk_JAX, rows_A, places_A, num_rows, num_runs,
+    _shrink_kernel[(seats.num_programs, num_slices)](
+        x_NI, x_NI.stride(0), A_PIX, A_PIX.stride(0), shrunk_JAX, *seats.tables, num_rows, seats.num_runs,
         IN_WIDTH=in_width, SHRUNK_WIDTH=X, SLICE=slice_width, BLOCK_I=BLOCK_I, BLOCK_X=block_of(X),
-        IS_UPCAST=_is_upcast(x_NI.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        HAS_TABLE=seats.place_of_Z is not None, IS_UPCAST=_is_upcast(x_NI.dtype),
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
+    return shrunk_JAX
+
+
+def expand(
+    y_NO: torch.Tensor,
+    shrunk_JAX: torch.Tensor,
+    parts: Sequence[tuple[torch.Tensor, int]],
+    seats: Seats,
+) -> None:
+    """y += the sum of the slices times B, for up to MAX_PARTS parts a launch."""
+    num_slices, num_rows, X = shrunk_JAX.shape
     for begin in range(0, len(parts), MAX_PARTS):
         own = parts[begin : begin + MAX_PARTS]
         r = own[0][0].shape[1]
@@ -62,11 +105,11 @@ def add_deltas(
         widths = [B_PrO.shape[2] for B_PrO, _ in own] + [0] * (MAX_PARTS - len(own))
         firsts = [first for _, first in own] + [0] * (MAX_PARTS - len(own))
         num_blocks = sum(triton.cdiv(width, block_o(r)) for width in widths)
-        _expand_kernel[(num_tiles * num_runs, num_blocks)](
-            y_NO, y_NO.stride(0), *factors, shrunk_JAX, rows_A, places_A,
-            num_rows, num_runs, *widths, *firsts, begin * r,
+        _expand_kernel[(seats.num_programs, num_blocks)](
+            y_NO, y_NO.stride(0), *factors, shrunk_JAX, *seats.tables,
+            num_rows, seats.num_runs, *widths, *firsts, begin * r,
             RANK=r, SHRUNK_WIDTH=X, NUM_SLICES=num_slices, BLOCK_J=triton.next_power_of_2(num_slices),
-            BLOCK_R=block_of(r), BLOCK_O=block_o(r), num_warps=NUM_WARPS,
+            BLOCK_R=block_of(r), BLOCK_O=block_o(r), HAS_TABLE=seats.place_of_Z is not None, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
@@ -93,7 +136,7 @@ def _is_upcast(dtype: torch.dtype) -> bool:
 
 
 @triton.jit
-def _run(places_ptr, num_rows, num_runs):
+def _run(places_ptr, place_of_ptr, num_known, num_rows, num_runs, HAS_TABLE: tl.constexpr):
     """A program's own rows of a tile, those of its run of equal places: indices, which are its own, and the place;
     negative where there is no such run, or one without an adapter."""
     tile, run = tl.program_id(0) // num_runs, tl.program_id(0) % num_runs
@@ -101,18 +144,21 @@ def _run(places_ptr, num_rows, num_runs):
     place = tl.load(places_ptr + a, mask=a < num_rows, other=-1).to(tl.int64)
     before = tl.load(places_ptr + a - 1, mask=(a > tile * BLOCK_A) & (a < num_rows), other=-1).to(tl.int64)
     begins = (place != before) & (a > tile * BLOCK_A)
+    if HAS_TABLE:
+        place = tl.load(place_of_ptr + place, mask=(place >= 0) & (place < num_known), other=-1).to(tl.int64)
     is_own = (tl.cumsum(begins.to(tl.int32), 0) == run) & (place >= 0)
     return a, is_own, tl.max(tl.where(is_own, place, -1), 0)
 
 
 @triton.jit
 def _shrink_kernel(
-    x_ptr, x_stride_row, A_ptr, A_stride_place, shrunk_ptr, rows_ptr, places_ptr, num_rows, num_runs,
+    x_ptr, x_stride_row, A_ptr, A_stride_place, shrunk_ptr, rows_ptr, places_ptr, place_of_ptr, num_known,
+    num_rows, num_runs,
     IN_WIDTH: tl.constexpr, SHRUNK_WIDTH: tl.constexpr, SLICE: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_X: tl.constexpr, IS_UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_X: tl.constexpr, HAS_TABLE: tl.constexpr, IS_UPCAST: tl.constexpr,
 ):  # fmt: skip
     """x A over one slice of the input, for one run."""
-    index, is_own, place = _run(places_ptr, num_rows, num_runs)
+    index, is_own, place = _run(places_ptr, place_of_ptr, num_known, num_rows, num_runs, HAS_TABLE)
     if place < 0:
         return
     row = tl.load(rows_ptr + index, mask=is_own, other=0).to(tl.int64)
@@ -139,13 +185,13 @@ def _shrink_kernel(
 
 @triton.jit
 def _expand_kernel(
-    y_ptr, y_stride_row, B_ptr, B_1_ptr, B_2_ptr, shrunk_ptr, rows_ptr, places_ptr,
+    y_ptr, y_stride_row, B_ptr, B_1_ptr, B_2_ptr, shrunk_ptr, rows_ptr, places_ptr, place_of_ptr, num_known,
     num_rows, num_runs, width_0, width_1, width_2, first_0, first_1, first_2, first_shrunk,
     RANK: tl.constexpr, SHRUNK_WIDTH: tl.constexpr, NUM_SLICES: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
     """y += (sum of the slices) B over BLOCK_O columns of one of the parts, for one run."""
-    index, is_own, place = _run(places_ptr, num_rows, num_runs)
+    index, is_own, place = _run(places_ptr, place_of_ptr, num_known, num_rows, num_runs, HAS_TABLE)
     if place < 0:
         return
     block, begin_1 = tl.program_id(1), tl.cdiv(width_0, BLOCK_O)

@@ -36,6 +36,18 @@ def test_every_row_gets_its_own_adapters_delta() -> None:
     assert torch.equal(changed[[0, 2]], torch.zeros(2, 8))
 
 
+def test_places_may_be_looked_up_by_the_number_of_an_adapter() -> None:
+    given, looked_up = case(), case()
+    add_deltas(**given)
+    looked_up["places_A"] = torch.tensor([4, 1, 3])
+    add_deltas(**looked_up, place_of_Z=torch.tensor([9, 0, 9, -1, 2]))
+    assert torch.equal(looked_up["y_NO"], given["y_NO"])
+    looked_up = case()
+    looked_up["places_A"] = torch.tensor([4, 1, 5])
+    add_deltas(**looked_up, place_of_Z=torch.tensor([9, 0, 9, -1, 2]))
+    assert torch.equal(looked_up["y_NO"], given["y_NO"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -48,6 +60,7 @@ def test_every_row_gets_its_own_adapters_delta() -> None:
         ({"parts": [(torch.zeros(3, 4, 5), 4)]}, "at column 4"),
         ({"y_NO": torch.zeros(4, 8, dtype=torch.bfloat16)}, "one dtype"),
         ({"y_NO": torch.zeros(8, 4).T}, "contiguous"),
+        ({"place_of_Z": torch.zeros(8)[::2]}, "contiguous"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:

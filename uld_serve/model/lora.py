@@ -121,7 +121,7 @@ class LoraDelta:
         self.B_PrO: dict[int, torch.Tensor] = {}
         self._filled_CI = torch.zeros(ROWS_MULTIPLE, in_features, dtype=self.dtype, device=device)
         self._offsets = [0, *accumulate(self.sizes)]
-        # Place of slot s at s + 1, on the device; -1: none.
+        # Place of every slot, on the device; -1: none.
         with torch.inference_mode(False):  # written to whenever an adapter comes or goes
             self._place_of = torch.full((FIRST_SLOTS,), -1, device=device)
         self._loaded: dict[int, tuple[int, tuple[int, ...]]] = {}  # slot -> rank and parts
@@ -133,8 +133,15 @@ class LoraDelta:
         rows = self.rows
         if rows.rows_A is not None and rows.slots_A is not None:
             parts = [(self.B_PrO[part], self._offsets[part]) for part in self.parts]
-            places_A = self._place_of.index_select(0, rows.slots_A + 1)
-            add_deltas(y_NO, x_NI, self.A_PIX, parts, rows_A=rows.rows_A, places_A=places_A)
+            add_deltas(
+                y_NO,
+                x_NI,
+                self.A_PIX,
+                parts,
+                rows_A=rows.rows_A,
+                places_A=rows.slots_A,
+                place_of_Z=self._place_of,
+            )
             return
         if not rows.groups or not self.places:
             return
@@ -230,9 +237,9 @@ class LoraDelta:
                 self.A_PIX[place, :, low : low + own] = A_rI.T
                 self.B_PrO[part][place, :own] = B_Or.T
         self.places[slot] = place
-        if slot + 1 >= len(self._place_of):
+        if slot >= len(self._place_of):
             self._place_of = F.pad(self._place_of, (0, len(self._place_of)), value=-1)
-        self._place_of[slot + 1] = place
+        self._place_of[slot] = place
         self._loaded[slot] = (rank, tuple(pairs))
         self._forget_views()
 
@@ -240,7 +247,7 @@ class LoraDelta:
         """Leave an adapter's place to others; nothing if it has none here."""
         if self.places.pop(slot, None) is not None:
             del self._loaded[slot]
-            self._place_of[slot + 1] = -1
+            self._place_of[slot] = -1
             self._forget_views()
 
     @property

@@ -31,6 +31,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     num_places: int = 4
     seed: int = 0
+    place_of: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -52,7 +53,15 @@ class Case:
 
     def ours(self) -> torch.Tensor:
         y = self.y.clone()
-        lora_triton.add_deltas(y, self.x, self.A, self.parts, rows_A=self.rows, places_A=self.places_A)
+        lora_triton.add_deltas(
+            y,
+            self.x,
+            self.A,
+            self.parts,
+            rows_A=self.rows,
+            places_A=self.places_A,
+            place_of_Z=self.place_of,
+        )
         return y
 
     def exact(self) -> torch.Tensor:
@@ -138,6 +147,7 @@ def test_a_row_has_the_same_bits_alone_and_beside_others() -> None:
         together.parts,
         rows_A=together.rows[4:5].clone(),
         places_A=together.places_A[4:5].clone(),
+        place_of_Z=None,
     )
     assert torch.equal(y[7], expected[7])
     assert not torch.equal(y[7], together.y[7])
@@ -154,6 +164,17 @@ def test_nothing_is_read_of_other_adapters() -> None:
 def test_no_rows_and_no_adapters_change_nothing() -> None:
     assert torch.equal((case := Case(())).ours(), case.y)
     assert torch.equal((case := Case((-1, -1), num_places=0)).ours(), case.y)
+
+
+def test_places_may_be_looked_up_by_the_number_of_an_adapter() -> None:
+    """Adapter 3 has none here; 7 is nobody yet."""
+    case = Case((2, 2, -1, 0, 1))
+    expected = case.ours()
+    case.place_of = torch.tensor([9, 1, 9, -1, 2, 0, 9], device=DEVICE)
+    case.places_A = torch.tensor((4, 4, 3, 5, 1), device=DEVICE)
+    assert torch.equal(case.ours(), expected)
+    case.places_A = torch.tensor((4, 4, 7, 5, 1), device=DEVICE)
+    assert torch.equal(case.ours(), expected)
 
 
 def test_tables_of_32_bits_do_too() -> None:
