@@ -28,7 +28,7 @@ NUM_SPLITS = 16
 @triton.jit
 def _late_kernel(
     hidden_ptr, hidden_stride_row, weight_ptr, weight_stride_row, bias_ptr, ids_ptr, ids_stride_row, counts_ptr,
-    index_ptr, out_ptr, out_stride_row, width,
+    index_ptr, scores_ptr, scores_stride_row, width,
     NUM_ROLES: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (split, list, role): every NUM_SPLITS-th tile of a list, against one late row.
@@ -41,7 +41,7 @@ def _late_kernel(
     count = tl.where(index >= 0, tl.load(counts_ptr + one_list), 0)
     hidden_row = hidden_ptr + index.to(tl.int64) * hidden_stride_row
     ids_row = ids_ptr + one_list.to(tl.int64) * ids_stride_row
-    out_row = out_ptr + (one_list.to(tl.int64) * NUM_ROLES + role) * out_stride_row
+    scores_row = scores_ptr + (one_list.to(tl.int64) * NUM_ROLES + role) * scores_stride_row
     lane, column = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     for start in range(tl.program_id(0) * BLOCK_C, count, tl.num_programs(0) * BLOCK_C):
         inside = start + lane < count
@@ -59,7 +59,7 @@ def _late_kernel(
         score = tl.sum(sums, axis=1)
         if HAS_BIAS:
             score += tl.load(bias_ptr + ids, mask=inside, other=0.0)
-        tl.store(out_row + start + lane, score, mask=inside)
+        tl.store(scores_row + start + lane, score, mask=inside)
 
 
 def score_listed(
