@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from uld_serve.errors import InvalidRequest
+
+HeadUse = Literal["auto", "whole", "late"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +29,14 @@ class EngineSettings:
     overlap: bool | None = None
     """Launch a step while the one before it is in flight. By default on a GPU, which runs beside the host."""
 
+    head: HeadUse = "auto"
+    """An assistant's logits: whole, in one product with the target's, or late, on the tokens that a filter leaves, if
+    its rule asks for no others. auto is late on a CPU, where each row of the product costs, and whole on a GPU, where
+    reading the head costs and is done anyway (`uld-serve bench sampler --head` measures both)."""
+
     def __post_init__(self) -> None:
+        if self.head not in get_args(HeadUse):
+            raise InvalidRequest(f"head must be auto, whole or late, not {self.head!r}", param="head")
         for name in (
             "max_model_len",
             "kv_cache_bytes",
@@ -54,6 +64,11 @@ class EngineSettings:
         on_cpu = free_device_bytes is None
         if self.cuda_graphs and on_cpu:
             raise InvalidRequest("cuda_graphs needs a CUDA device", param="cuda_graphs")
+        if self.cuda_graphs and self.head == "late":
+            raise InvalidRequest(
+                "cuda_graphs records steps that compute all logits; with it head must be auto or whole",
+                param="head",
+            )
         budget = self.kv_cache_bytes or (2**30 if on_cpu else (free_device_bytes or 0) * 8 // 10)
         num_blocks = budget // (bytes_per_token * self.block_size)
         if num_blocks < 1:
@@ -72,6 +87,7 @@ class EngineSettings:
             max_waiting=self.max_waiting,
             cuda_graphs=self.cuda_graphs,
             overlap=not on_cpu if self.overlap is None else self.overlap,
+            late_head=on_cpu if self.head == "auto" else self.head == "late",
         )
 
 
@@ -90,3 +106,4 @@ class EngineConfig:
     max_waiting: int
     cuda_graphs: bool
     overlap: bool
+    late_head: bool

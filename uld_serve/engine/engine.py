@@ -72,7 +72,7 @@ class Engine:
             base=base,
             config=config,
             tokenizer=tokenizer,
-            planner=Planner(decoder.bank, defers_logits=base.device.type == "cpu"),
+            planner=Planner(decoder.bank, defers_logits=config.late_head),
             pools=pools,
             scheduler=Scheduler(config, pools),
             runner=runner,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from uld_serve.config import EngineSettings
+from uld_serve.config import EngineSettings, HeadUse
 from uld_serve.errors import InvalidRequest, ProfileError
 from uld_serve.server.policy import KeyPolicy, Profiles
 
@@ -94,6 +94,7 @@ class ServerSettings(BaseModel):
     kv_cache_bytes: Annotated[int | None, Field(ge=1)] = None
     own_kv_bytes: Annotated[int | None, Field(ge=1)] = None
     adapter_bytes: Annotated[int | None, Field(ge=1)] = None
+    head: HeadUse = "auto"
     audit_log: Path | None = None
     limits: Limits = Limits()
     cache: CacheSettings = CacheSettings()
@@ -101,7 +102,7 @@ class ServerSettings(BaseModel):
 
     @property
     def engine(self) -> EngineSettings:
-        names = ("max_model_len", "max_num_seqs", "kv_cache_bytes", "own_kv_bytes", "adapter_bytes")
+        names = ("max_model_len", "max_num_seqs", "kv_cache_bytes", "own_kv_bytes", "adapter_bytes", "head")
         return EngineSettings(**{name: value for name in names if (value := getattr(self, name)) is not None})
 
     @model_validator(mode="after")
