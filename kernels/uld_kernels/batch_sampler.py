@@ -73,10 +73,10 @@ def score_batch(batch: Batch, target_ids_B: torch.Tensor, columns: Columns) -> N
             rank_N = ranks_of_rows(lane.groups, score_N)
             _measure_plain(lane, columns, score_N)
         else:
-            kept = _kept(lane, way, batch)
+            kept, target_lse_N = _kept(lane, way, batch)
             score_N = scores_of(kept, token_N)
             rank_N = ranks_of_lists(kept, score_N)
-            measures, _ = _measured(lane, kept)
+            measures, _ = _measured(lane, kept, target_lse_N)
             _measure_fused(lane, kept, measures, score_N, columns)
         columns.rank(lane.numbers, rank_N)
         columns.draw(lane.numbers, token_N)
@@ -144,8 +144,8 @@ def _penalized_rows(lane: Lane) -> Lane:
 
 
 def _draw_fused(lane: Lane, way: Way, batch: Batch, columns: Columns) -> None:
-    kept = _kept(lane, way, batch)
-    measures, anchor_N = _measured(lane, kept) if way.is_measured else (None, None)
+    kept, target_lse_N = _kept(lane, way, batch)
+    measures, anchor_N = _measured(lane, kept, target_lse_N) if way.is_measured else (None, None)
     weights = kept
     if any(map(penalizes, lane.rows)):
         weights = kept.valued(penalized(kept, lane.rows, anchor_N, vocab_size=lane.groups.size))
@@ -158,8 +158,9 @@ def _draw_fused(lane: Lane, way: Way, batch: Batch, columns: Columns) -> None:
     columns.draw(lane.numbers, token_N)
 
 
-def _kept(lane: Lane, way: Way, batch: Batch) -> Found:
-    """What filters, rules and protection leave, at least one token a row. Raises RowsFailed."""
+def _kept(lane: Lane, way: Way, batch: Batch) -> tuple[Found, torch.Tensor | None]:
+    """What filters, rules and protection leave, at least one token a row; and the target's log-sum-exps where they are
+    known. Raises RowsFailed."""
     fuse = Assistants(lane, batch.logits_RW, batch.late).fused
     if way.kind == "target_filter":
         kept = kept_by_target_filter(lane, fuse)
@@ -167,7 +168,7 @@ def _kept(lane: Lane, way: Way, batch: Batch) -> Found:
         kept = kept_by_fused_filter(lane, fuse)
     else:
         kept = listed(_whole_scores(lane, batch), lane)
-    return protected(kept, lane.groups, batch.protected_ids) if way.protects else kept
+    return protected(kept, lane.groups, batch.protected_ids) if way.protects else (kept, None)
 
 
 def _whole_scores(lane: Lane, batch: Batch) -> torch.Tensor:
@@ -185,9 +186,11 @@ def _whole_scores(lane: Lane, batch: Batch) -> torch.Tensor:
     return scores_NV
 
 
-def _measured(lane: Lane, kept: Found) -> tuple[Measures, torch.Tensor]:
+def _measured(lane: Lane, kept: Found, target_lse_N: torch.Tensor | None) -> tuple[Measures, torch.Tensor]:
     """And how far the scores are from the target's own log-normaliser."""
-    target_C, target_lse_N = lane.groups.at_each(kept.row_C, kept.id_C), log_sum_exps(lane.groups)
+    if target_lse_N is None:
+        target_lse_N = log_sum_exps(lane.groups)
+    target_C = lane.groups.at_each(kept.row_C, kept.id_C)
     measures = measures_of_lists(kept, target_C, target_lse_N, lane.best_id_N)
     lane.fail_where(~measures.lse_N.isfinite(), rules.NUMERICAL)
     return measures, target_lse_N - measures.lse_N

@@ -72,15 +72,14 @@ class Columns:
 
     def _columns(self, device: torch.device) -> dict[str, torch.Tensor]:
         width = max((row.num_logprobs for row in self._rows), default=0)
-        top_ids_BT = torch.full((len(self._rows), width), -1, dtype=torch.int64)
-        top_logprobs_BT = torch.full((len(self._rows), width), -inf)
-        for number, (ids, logprobs) in self._listed.items():
-            top_ids_BT[number, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-            top_logprobs_BT[number, : len(logprobs)] = torch.tensor(logprobs)
+        listed = [self._listed.get(number, ([], [])) for number in range(len(self._rows))]
+        top_ids = [ids + [-1] * (width - len(ids)) for ids, _ in listed]
+        top_logprobs = [values + [-inf] * (width - len(values)) for _, values in listed]
+        shape = len(listed), width
         return {
             "logprob_B": torch.tensor(self._logprob, dtype=torch.float32, device=device),
-            "top_ids_BN": top_ids_BT.to(device),
-            "top_logprobs_BN": top_logprobs_BT.to(device),
+            "top_ids_BN": torch.tensor(top_ids, dtype=torch.int64, device=device).view(shape),
+            "top_logprobs_BN": torch.tensor(top_logprobs, dtype=torch.float32, device=device).view(shape),
             "status_B": torch.tensor(self._status, dtype=torch.int32, device=device),
             "num_kept_B": torch.tensor(self._num_kept, dtype=torch.int64, device=device),
             "kl_B": torch.tensor(self._kl, dtype=torch.float32, device=device),

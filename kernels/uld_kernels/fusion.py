@@ -85,11 +85,14 @@ def fuse(streams: Streams, row: SampleRow, *, protected_ids: torch.Tensor, is_me
     ids_K, scores_K = _compress(ids_K, scores_K, scores_K > -inf)
     if fused_tau > 0.0 and ids_K.shape[0] > 0:
         ids_K, scores_K = _compress(ids_K, scores_K, reference.fused_keep(scores_K, tau=fused_tau))
+    target_lse = None
     if protected_ids.shape[0] > 0 and any(term.protect for term in terms):
-        ids_K, scores_K = _protect(b_V, ids_K, scores_K, protected_ids)
+        ids_K, scores_K, target_lse = _protect(b_V, ids_K, scores_K, protected_ids)
     if ids_K.shape[0] == 0:
         raise RowFailure(rules.NOTHING_KEPT)
-    return _measured(b_V, ids_K, scores_K) if is_measured else Fused(ids_K, scores_K)
+    if not is_measured:
+        return Fused(ids_K, scores_K)
+    return _measured(b_V, ids_K, scores_K, log_sum_exp(b_V) if target_lse is None else target_lse)
 
 
 def _extremes(values: torch.Tensor) -> tuple[float, float]:
@@ -252,14 +255,13 @@ def _compress(
 
 def _protect(
     b_V: torch.Tensor, ids_K: torch.Tensor, scores_K: torch.Tensor, protected_ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     kept = Found(torch.zeros_like(ids_K), ids_K, scores_K)
-    whole = protected(kept, LogitGroups.of(b_V[None]), protected_ids)
-    return whole.id_C, whole.value_C
+    whole, target_lse_N = protected(kept, LogitGroups.of(b_V[None]), protected_ids)
+    return whole.id_C, whole.value_C, float(target_lse_N.item())
 
 
-def _measured(b_V: torch.Tensor, ids_K: torch.Tensor, scores_K: torch.Tensor) -> Fused:
-    target_lse = log_sum_exp(b_V)
+def _measured(b_V: torch.Tensor, ids_K: torch.Tensor, scores_K: torch.Tensor, target_lse: float) -> Fused:
     kept = Found(torch.zeros_like(ids_K), ids_K, scores_K)
     of_target = torch.tensor([target_lse], dtype=torch.float64, device=ids_K.device)
     measures = measures_of_lists(kept, gather(b_V, ids_K), of_target, b_V.argmax()[None])

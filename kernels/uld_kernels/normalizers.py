@@ -1,22 +1,18 @@
 """Log-sum-exp over whole rows of scores. Called by the torch samplers. Knows no rule.
 
-A row gets the same bits whatever stands beside it and on any number of threads: exponentials are taken in pieces of
-whole groups too short to be shared out, and sums have one shape.
+A row gets the same bits whatever stands beside it and on any number of threads: it is summed by itself, in one shape.
 
 Legend: N rows, V vocabulary, G groups, S ids of one group, P excluded ids, A groups that hold some."""
 
 from __future__ import annotations
 
-from math import inf, log
+from math import inf
 
+import numpy as np
 import torch
 
 from uld_kernels.logit_groups import LogitGroups
 from uld_kernels.noise import GROUP_BITS, GROUP_SIZE
-
-_LOG2_E = 1.0 / log(2.0)
-# torch shares out operations on 32,768 values and more; a piece stays below and fits a core's cache.
-_GROUPS_AT_ONCE = 96
 
 
 def log_sum_exps(
@@ -28,19 +24,15 @@ def log_sum_exps(
     """(N,) fp64: log sum exp(scale * score) of each row, over all tokens but the ids `without`; -inf of a row that has
     no finite one. Exponentials are fp32, sums fp32 within a group of 256 and fp64 above: a row of 49,152 is right to
     about 2e-7."""
-    numbers = groups.row_N.tolist()
-    factors = [1.0] * len(numbers) if scales is None else scales
+    factors = [1.0] * groups.row_N.shape[0] if scales is None else scales
     edited = None if without is None or without.shape[0] == 0 else _Edited.of(groups, without)
     max_NG = groups.max_NG if edited is None else edited.max_NG
     best_N = max_NG.amax(-1)
     anchor_N = best_N.where(best_N > -inf, 0.0)
-    sum_NG = _group_sums(groups, numbers, anchor_N, factors)
+    sum_NG = _group_sums(groups, anchor_N, factors)
     scale_N = torch.tensor(factors, dtype=torch.float64, device=anchor_N.device)
     if edited is not None:
-        scaled_NAS = (edited.values_NAS - anchor_N[:, None, None]) * (scale_N.to(anchor_N.dtype) * _LOG2_E)[
-            :, None, None
-        ]
-        sum_NG.index_copy_(1, edited.group_A, scaled_NAS.exp2_().sum(-1))
+        sum_NG.index_copy_(1, edited.group_A, edited.sums(anchor_N, scale_N.to(anchor_N.dtype)))
     return scale_N * anchor_N.double() + sum_NG.double().sum(-1).log()
 
 
@@ -52,23 +44,24 @@ def log_sum_exp(values_V: torch.Tensor) -> float:
     return float(log_sum_exps(LogitGroups.of(values_V[None])).item())
 
 
-def _group_sums(
-    groups: LogitGroups, numbers: list[int], anchor_N: torch.Tensor, factors: list[float]
-) -> torch.Tensor:
-    """(N, G) fp32: sum exp(scale * (score - anchor)) of each group."""
-    num_groups = groups.max_NG.shape[1]
+def _group_sums(groups: LogitGroups, anchor_N: torch.Tensor, factors: list[float]) -> torch.Tensor:
+    """(N, G): sum exp(scale * (score - anchor)) of each group; inf where an excluded score is far above the anchor."""
+    values_RGS = groups.values_MS.view(-1, groups.max_NG.shape[1], GROUP_SIZE)
+    if anchor_N.is_cuda:
+        scale_N = anchor_N.new_tensor(factors)
+        chosen_NGS = values_RGS.index_select(0, groups.row_N) - anchor_N[:, None, None]
+        return chosen_NGS.mul_(scale_N[:, None, None]).exp_().sum(-1)
     sum_NG = torch.empty_like(groups.max_NG)
-    piece_PS = groups.values_MS.new_empty((min(num_groups, _GROUPS_AT_ONCE), GROUP_SIZE))
-    for place, (number, factor) in enumerate(zip(numbers, factors, strict=True)):
-        anchor = anchor_N[place]
-        for start in range(0, num_groups, _GROUPS_AT_ONCE):
-            count = min(_GROUPS_AT_ONCE, num_groups - start)
-            first = number * num_groups + start
-            scaled_PS = piece_PS[:count]
-            torch.sub(groups.values_MS[first : first + count], anchor, out=scaled_PS)
-            # exp2 takes a third of exp's time.
-            scaled_PS.mul_(factor * _LOG2_E).exp2_()
-            torch.sum(scaled_PS, -1, out=sum_NG[place, start : start + count])
+    rows, anchors, sums = values_RGS.numpy(), anchor_N.numpy(), sum_NG.numpy()
+    scaled = np.empty_like(rows[0])
+    with np.errstate(over="ignore"):
+        for place, (row, factor) in enumerate(zip(groups.row_N.tolist(), factors, strict=True)):
+            np.subtract(rows[row], anchors[place], out=scaled)
+            if factor != 1.0:
+                np.multiply(scaled, scaled.dtype.type(factor), out=scaled)
+            # Half of what torch.exp takes.
+            np.exp(scaled, out=scaled)
+            np.add.reduce(scaled, axis=-1, out=sums[place])
     return sum_NG
 
 
@@ -90,3 +83,8 @@ class _Edited:
         values_NAS = groups.at(id_AS.flatten()[None]).view(-1, *id_AS.shape).masked_fill_(excluded_AS, -inf)
         max_NG = groups.max_NG.index_copy(1, group_A, values_NAS.amax(-1))
         return cls(group_A, values_NAS, max_NG)
+
+    def sums(self, anchor_N: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
+        """(N, A)."""
+        scaled_NAS = (self.values_NAS - anchor_N[:, None, None]) * scale_N[:, None, None]
+        return scaled_NAS.exp_().sum(-1)

@@ -15,7 +15,7 @@ from uld_kernels.normalizers import log_sum_exps
 from uld_kernels.rows import SampleRow
 from uld_kernels.segments import Segments, descending, true_indices
 
-# Longer rows are ordered one by one: padding the others to their length would cost more.
+# With a longer row, rows are ordered one by one: padding the others to its length would cost more.
 _SHORT = 4096
 # What fp32 exponentials and the rounding of large log-weights could be off, as a share of a row's mass.
 _UNSURE = 2e-5
@@ -49,22 +49,19 @@ def nuclei(
 
     `masses` are log-sum-exps of whole rows, in fp32, of which the log-weights listed are the top; without, what is
     listed is all there is."""
-    keep_C = torch.ones_like(z_C, dtype=torch.bool)
-    lengths, starts = segments.length_N.tolist(), segments.start_N.tolist()
-    unsure: list[int] = []
-    short = [n for n, row in enumerate(rows) if truncates(row) and lengths[n] <= _SHORT]
-    long = [n for n, row in enumerate(rows) if truncates(row) and lengths[n] > _SHORT]
-    for numbers in ([short] if short else []) + [[n] for n in long]:
-        width = max(lengths[n] for n in numbers)
-        z_NK = z_C.new_full((len(numbers), width), -inf)
-        for place, n in enumerate(numbers):
-            z_NK[place, : lengths[n]] = z_C[starts[n] : starts[n] + lengths[n]]
-        mass = None if masses is None else [masses[n] for n in numbers]
-        kept_NK, doubtful = _prefixes(z_NK, [rows[n] for n in numbers], mass)
-        unsure += [numbers[place] for place in doubtful]
-        for place, n in enumerate(numbers):
-            keep_C[starts[n] : starts[n] + lengths[n]] = kept_NK[place, : lengths[n]]
-    return keep_C, unsure
+    lengths = segments.length_N.tolist()
+    if max(lengths) <= _SHORT:
+        kept_NK, unsure = _prefixes(segments.padded(z_C, fill=-inf), rows, masses)
+        return kept_NK.view(-1).index_select(0, segments.places(kept_NK.shape[1])), unsure
+    kept, unsure = [], []
+    for n, (row, z_K) in enumerate(zip(rows, torch.split(z_C, lengths), strict=True)):
+        if not truncates(row):
+            kept.append(torch.ones_like(z_K, dtype=torch.bool))
+            continue
+        kept_NK, doubtful = _prefixes(z_K[None], [row], None if masses is None else [masses[n]])
+        kept.append(kept_NK[0])
+        unsure += [n] * len(doubtful)
+    return torch.cat(kept), unsure
 
 
 def top_of(
