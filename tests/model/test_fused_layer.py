@@ -13,7 +13,8 @@ from torch import nn
 from uld_serve.model.adapter_bank import AdapterBank
 from uld_serve.model.borrowed import decoder_parts
 from uld_serve.model.decoder import Decoder
-from uld_serve.model.fused_layer import FusedLayer, RootMeanSquare
+from uld_serve.model.fused_layer import FusedLayer
+from uld_serve.model.layer_steps import RootMeanSquare
 from uld_serve.model.lora import LoraLinear
 
 FUSED = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"}

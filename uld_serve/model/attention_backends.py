@@ -147,12 +147,19 @@ def paged_decode(
         # Where a sequence has fewer rows than others its first is repeated: it is computed twice, to the same bits.
         rows_SQ=group.rows_SQ,
         blocks_SB=group.blocks_SB,
-        lengths_S=group.positions_SQ[:, 0] + 1,
+        lengths_S=_lengths(group),
         block_size=group.cache.block_size,
         scale=heads.scaling,
         window=heads.window,
         out_NHD=out_NX.view(-1, heads.num_heads, heads.head_dim),
     )
+
+
+def _lengths(group: SequenceGroup) -> torch.Tensor:
+    """Tokens of each context, its own rows' included; made once for all layers."""
+    if "lengths" not in group.tables:
+        group.tables["lengths"] = (group.positions_SQ[:, 0] + 1,)
+    return group.tables["lengths"][0]
 
 
 def paged_prefill(

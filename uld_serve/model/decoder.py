@@ -22,6 +22,7 @@ from uld_serve.model.borrowed import decoder_parts
 from uld_serve.model.fusing import Place, fuse
 from uld_serve.model.head import Head, Scores
 from uld_serve.model.kv_cache import KVCache
+from uld_serve.model.layer_steps import choose_steps
 from uld_serve.model.loading import Base
 from uld_serve.model.packed_linear import can_pack, pack_linears
 from uld_serve.model.row_batch import RowBatch, SequenceRows
@@ -85,7 +86,8 @@ class Decoder:
             (p, self._rotary_tables(hidden_ND, p)) for p in (first, self.max_positions - 1 - first.flip(0))
         ]
         by_layer = [[Place(p, tables[kind]) for p, tables in places] for kind in self.layer_types]
-        fuse(self.layers, self.base.model, by_layer, rows=self.bank.rows, is_packed=is_packed)
+        steps = choose_steps(self.base.device, self.base.dtype)
+        fuse(self.layers, self.base.model, by_layer, rows=self.bank.rows, is_packed=is_packed, steps=steps)
         if is_packed:
             share_inputs(self.layers)
             pack_linears(self.layers)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from uld_serve.model.attention import attend
 from uld_serve.model.geometry import Geometry, Heads
 from uld_serve.model.joint_linear import JointLinear
+from uld_serve.model.layer_steps import LayerSteps, RootMeanSquare
 from uld_serve.model.lora import LoraDelta, LoraRows
 
 PROJECTIONS = (
@@ -47,21 +47,6 @@ class Rotation:
         return self._tables
 
 
-class RootMeanSquare:
-    """x / sqrt(mean(x^2) + eps) * w in fp32, rounded once (arXiv 1910.07467). `weight` may have leading dimensions."""
-
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        width = weight.shape[-1]
-        # sqrt(mean + eps) = hypot(|x|, sqrt(width * eps)) / sqrt(width): two operations less.
-        self._weight = weight.detach().float() * width**0.5
-        self._floor = torch.tensor((width * eps) ** 0.5, device=weight.device)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float() if x.dtype != torch.float32 else x.clone()
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).hypot_(self._floor)
-        return wide.div_(norm).mul_(self._weight).to(x.dtype)
-
-
 class FusedLayer(nn.Module):
     """Called like the layer that it replaces. `sites` says where an adapter's modules belong: product and part."""
 
@@ -75,6 +60,7 @@ class FusedLayer(nn.Module):
         rotation: Rotation,
         rotates: bool,
         is_packed: bool,
+        steps: LayerSteps,
     ) -> None:
         super().__init__()
         self.index, self.heads, self._rotation, self.rotates = index, heads, rotation, rotates
@@ -88,8 +74,11 @@ class FusedLayer(nn.Module):
             for names, joint in zip(PROJECTIONS, joints, strict=True)
             for part, name in enumerate(names)
         }
-        self.attention_norm, self.mlp_norm = (_norm(layer.get_submodule(name)) for name in NORMS)
+        self.attention_norm, self.mlp_norm = (
+            steps.norm_of(_norm(layer.get_submodule(name))) for name in NORMS
+        )
         self.head_norm = _head_norm(layer, heads)
+        self._rotate, self._gate = steps.rotate_of(self.head_norm), steps.gate
 
     def forward(
         self,
@@ -104,8 +93,7 @@ class FusedLayer(nn.Module):
         qkv_NX = self.qkv(self.attention_norm(hidden_ND))
         self._prepare(qkv_NX, position_embeddings)
         hidden_ND = self.out(attend(self.index, qkv_NX, geometry, self.heads), hidden_ND)
-        gate_up_NX, width = self.gate_up(self.mlp_norm(hidden_ND)), self.gate_up.sizes[0]
-        return self.down(F.silu(gate_up_NX[:, :width]).mul_(gate_up_NX[:, width:]), hidden_ND)[None]
+        return self.down(self._gate(self.gate_up(self.mlp_norm(hidden_ND))), hidden_ND)[None]
 
     def _prepare(self, qkv_NX: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Norm and rotate queries and keys in place (arXiv 2104.09864, Eq. 34, in Hugging Face's half-split order)."""
@@ -113,13 +101,10 @@ class FusedLayer(nn.Module):
         joint_NHW = qkv_NX.view(-1, heads.num_joint, heads.head_dim)[
             :, : heads.num_heads + heads.num_kv_heads
         ]
-        if self.head_norm is not None:
+        if self.rotates:
+            self._rotate(joint_NHW, *self._rotation.tables(*tables))
+        elif self.head_norm is not None:
             joint_NHW.copy_(self.head_norm(joint_NHW))
-        if not self.rotates:
-            return
-        cos_N1W, sin_N1W = self._rotation.tables(*tables)
-        swapped_NHW = joint_NHW.roll(heads.head_dim // 2, dims=-1)
-        joint_NHW.mul_(cos_N1W).addcmul_(swapped_NHW, sin_N1W)
 
 
 def has_parts(layer: nn.Module) -> bool:

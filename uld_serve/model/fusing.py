@@ -19,6 +19,7 @@ from uld_serve.model.attention import ATTENTION_NAME, paged_attention
 from uld_serve.model.fused_layer import PROJECTIONS, FusedLayer, Rotation, has_parts, linear
 from uld_serve.model.geometry import Geometry, Heads, SequenceGroup, Write
 from uld_serve.model.kv_cache import KVCache
+from uld_serve.model.layer_steps import LayerSteps
 from uld_serve.model.lora import LoraRows
 
 PROBE_NAME = "uld_probe"
@@ -41,6 +42,7 @@ def fuse(
     *,
     rows: LoraRows,
     is_packed: bool,
+    steps: LayerSteps,
 ) -> None:
     """Replace every layer whose outcome on random rows a fused one reproduces, at all of the layer's `places`.
 
@@ -52,18 +54,25 @@ def fuse(
     model.set_attn_implementation(PROBE_NAME)
     try:
         for index, layer in enumerate(layers):
-            found = _build(layer, index, places[index], rows) if has_parts(layer) else None
+            found = _build(layer, index, places[index], rows, steps) if has_parts(layer) else None
             if found is not None:
                 heads, rotates = found
                 layers[index] = FusedLayer(
-                    layer, index, heads, rows=rows, rotation=rotation, rotates=rotates, is_packed=is_packed
+                    layer,
+                    index,
+                    heads,
+                    rows=rows,
+                    rotation=rotation,
+                    rotates=rotates,
+                    is_packed=is_packed,
+                    steps=steps,
                 )
     finally:
         model.set_attn_implementation(ATTENTION_NAME)
 
 
 def _build(
-    layer: nn.Module, index: int, places: Sequence[Place], rows: LoraRows
+    layer: nn.Module, index: int, places: Sequence[Place], rows: LoraRows, steps: LayerSteps
 ) -> tuple[Heads, bool] | None:
     """How the layer attends and whether it rotates, if a fused one so made gives what it gives."""
     trials = [_Trial.of(layer, index, place) for place in places]
@@ -72,7 +81,14 @@ def _build(
     heads = originals[0][0]
     for rotates in (True, False):  # some models have layers without positions
         candidate = FusedLayer(
-            layer, index, heads, rows=rows, rotation=Rotation(), rotates=rotates, is_packed=False
+            layer,
+            index,
+            heads,
+            rows=rows,
+            rotation=Rotation(),
+            rotates=rotates,
+            is_packed=False,
+            steps=steps,
         )
         pairs = zip(trials, originals, strict=True)
         if all(own == heads and trial.is_met_by(candidate, expected) for trial, (own, expected) in pairs):
