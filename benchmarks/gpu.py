@@ -1,5 +1,5 @@
-"""Everything that is to be known on a GPU, in one run: are the kernels right, what do they take, and what does a decode
-step take with and without recorded graphs, plain, naive and unlearned. `--shape tiny` runs the same on a CPU.
+"""Everything that is to be known on a GPU, in one run: are kernels and sampler right, what do they take, and what does
+a decode step take with and without recorded graphs, plain, naive and unlearned. `--shape tiny` runs it all on a CPU.
 
     python benchmarks/gpu.py --shape llama-3.1-8b --out benchmarks/results/gpu.json
 
@@ -18,6 +18,7 @@ from typing import cast
 
 import torch
 from gpu_kernels import Check, KernelTime, attention_checks, attention_times, lora_checks, lora_times
+from gpu_sampler import SamplerReport, sampler_report
 
 from uld_serve.bench.environment import Environment
 from uld_serve.bench.naive import NaiveRunner, naive_version, truncated_copy
@@ -36,7 +37,7 @@ from uld_serve.model.loading import Base
 
 # Graphs are recorded when a shape comes back, and prompts have ended by then.
 WARM_UP_STEPS = 4
-PARTS = ("kernels", "decode", "prefill")
+PARTS = ("kernels", "sampler", "decode", "prefill")
 # Plain a second time, last: how far the machine itself has moved meanwhile.
 TURNS: tuple[Mode, ...] = ("plain", "unlearned", "naive", "plain")
 
@@ -72,6 +73,8 @@ def main(arguments: list[str] | None = None, *, record: Record | None = None) ->
     environment = Environment.look(subjects.base.device)
     print(environment.line, file=sys.stderr)
     checks, kernels = _kernels(args, subjects) if "kernels" in args.parts else ([], [])
+    sampler = _sampler(args, subjects, environment) if "sampler" in args.parts else None
+    checks += [] if sampler is None else sampler.checks
     steps, prompts, ratios, attention = [], [], {}, None
     if "decode" in args.parts or "prefill" in args.parts:
         bench = _Bench.of(args, subjects, environment, record)
@@ -82,6 +85,7 @@ def main(arguments: list[str] | None = None, *, record: Record | None = None) ->
     report = {
         "checks": [asdict(check) for check in checks],
         "kernels": [asdict(one) for one in kernels],
+        "sampler": None if sampler is None else sampler.record(),
         "lora_share": _lora_share(kernels, steps),
         "decode": [asdict(step) for step in steps],
         "ratios": ratios,
@@ -106,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(shape="llama-3.1-8b")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--context", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument(
+        "--sampler-batch",
+        type=int,
+        nargs="+",
+        default=[1, 8, 32, 64, 256],
+        help="rows that the sampler draws at once",
+    )
     parser.add_argument("--steps", type=int, default=30, help="timed steps, or prompts, of each kind")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
@@ -130,6 +141,21 @@ def _kernels(args: argparse.Namespace, subjects: Subjects) -> tuple[list[Check],
     for one in times:
         print(f"{one.what:40} batch {one.batch:4} {one.us:9.1f} us {one.gb_per_s:8.0f} GB/s", file=sys.stderr)
     return checks, times
+
+
+def _sampler(args: argparse.Namespace, subjects: Subjects, environment: Environment) -> SamplerReport:
+    base = subjects.base
+    report = sampler_report(
+        base.device,
+        base.dtype,
+        vocab=base.vocab_size,
+        width=base.model.config.get_text_config().hidden_size,
+        batches=args.sampler_batch,
+        bytes_per_s=environment.copy_gb_per_s * 1e9,
+    )
+    for line in report.lines():
+        print(line, file=sys.stderr)
+    return report
 
 
 @dataclass(slots=True)

@@ -144,7 +144,7 @@ def attention_times(
             lambda q=num_queries: _Attention.of([context] * batch, q, shape, device, dtype),
             lambda case: case.bytes_read,
         )
-        us = _median_us([case.run for case in cases], device)
+        us = median_us([case.run for case in cases], device)
         gb_per_s = cases[0].bytes_read / us / 1e3
         times.append(KernelTime(f"attention, {num_queries} rows, context {context}", batch, us, gb_per_s))
     return times
@@ -226,7 +226,7 @@ def lora_times(
             lambda widths=widths: _Lora.of([0] * batch, widths, rank, device, dtype),
             lambda case: case.bytes_read + case.x_NI.nbytes + case.y_NO.nbytes,
         )
-        us = _median_us([case.run for case in cases], device)
+        us = median_us([case.run for case in cases], device)
         gb_per_s = cases[0].bytes_read / us / 1e3
         layers = min(num_layers, shape.num_hidden_layers)
         times.append(KernelTime(f"deltas of {name}", batch, us, gb_per_s, us * layers))
@@ -255,7 +255,7 @@ def _rotation(make: Callable[[], Case], num_bytes: Callable[[Case], int]) -> lis
     return [first, *(make() for _ in range(count - 1))]
 
 
-def _median_us(calls: list[Callable[[], object]], device: torch.device) -> float:
+def median_us(calls: list[Callable[[], object]], device: torch.device) -> float:
     """Of one call. On a GPU many are recorded in one graph, so that the host's launches do not count."""
     for call in calls[:2]:
         call()

@@ -6,11 +6,17 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from recorded_run import RecordedRun
+from uld_kernels import SampleOutput
+
+from uld_serve.bench.sampler import DrawTime
+from uld_serve.bench.timing import Quartiles
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -37,12 +43,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_one_run_checks_and_times_everything(
     gpu: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    arguments = [*SMALL, "--batch", "1", "3", "--context", "20", "--steps", "2"]
+    arguments = [*SMALL, "--batch", "1", "3", "--context", "20", "--steps", "2", "--sampler-batch", "1", "2"]
     assert gpu.main([*arguments, "--out", str(tmp_path / "gpu.json")], record=RecordedRun) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads((tmp_path / "gpu.json").read_text()) == report
     assert report["ok"]
-    assert len(report["checks"]) == 11
+    # Of attention and adapters; three for each of eight kinds of rows; one for each of four rules.
+    assert len(report["checks"]) == 11 + 3 * 8 + 4
+    assert {(one["rows"], one["batch"]) for one in report["sampler"]["heads"]} == {
+        (rows, batch) for rows in ("subtract", "relu_difference") for batch in (1, 2)
+    }
+    assert len(report["sampler"]["times"]) == 8 * 2 * 3
+    assert report["sampler"]["goals"] == []
     steps = {(step["mode"], step["batch"], step["graphs"], step["replayed"]) for step in report["decode"]}
     modes = ("plain", "naive", "unlearned")
     assert steps == {
@@ -79,6 +91,48 @@ def test_a_wrong_kernel_fails_the_run(
     arguments = [*SMALL, "--batch", "1", "--context", "8", "--steps", "1", "--parts", "kernels"]
     assert gpu.main(arguments) == 1
     assert not json.loads(capsys.readouterr().out.splitlines()[-1])["ok"]
+
+
+def test_a_sampler_that_draws_something_else_fails_the_run(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampler = importlib.import_module("gpu_sampler")
+    honest = sampler.fused_sample
+
+    def shifted(logits_RV: torch.Tensor, *arguments: object, **options: object) -> SampleOutput:
+        # Of batches only, as a kernel that mixes up its rows would.
+        output = honest(logits_RV, *arguments, **options)
+        return replace(output, token_ids_B=output.token_ids_B.roll(1))
+
+    monkeypatch.setattr(sampler, "fused_sample", shifted)
+    arguments = [*SMALL, "--sampler-batch", "1", "--parts", "sampler"]
+    assert gpu.main(arguments) == 1
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    wrong = {one["what"] for one in report["checks"] if not one["ok"]}
+    assert "mixed: alone as beside others, to the bit" in wrong
+    assert "subtract: the static sampler, to the bit" in wrong
+
+
+def test_goals_are_of_the_static_sampler_at_their_vocabulary(gpu: ModuleType) -> None:
+    sampler = importlib.import_module("gpu_sampler")
+
+    def time(variant: str, us: float, *, vocab: int = 128256, rows: str = "subtract") -> DrawTime:
+        return DrawTime(rows, vocab, 32, variant, Quartiles(us / 1e3, us / 1e3, us / 1e3), us, 11.0, True)
+
+    times = [time("static", 14.0), time("chain", 100.0), time("flashinfer", 13.0), time("fused", 500.0)]
+    others = [time("static", 999.0, vocab=32000), time("static", 999.0, rows="greedy")]
+    heads = [
+        sampler.HeadTime("subtract", 8, 400.0, 390.0, 10.0),
+        sampler.HeadTime("subtract", 256, 9e9, 1.0, 9e9),
+    ]
+    found = {goal.what: goal.met for goal in sampler.goals([*times, *others], heads)}
+    assert found == {
+        "us, subtract, batch 32": True,
+        "share of copy bandwidth, subtract, batch 32": True,
+        "times the torch chain, subtract, batch 32": True,
+        "times FlashInfer's sampling, subtract, batch 32": False,
+        "us over head and argmax, subtract, batch 8": True,
+    }
 
 
 def test_timing_needs_no_server_package() -> None:
