@@ -18,6 +18,7 @@ from typing import cast
 
 import torch
 from gpu_kernels import Check, KernelTime, attention_checks, attention_times, lora_checks, lora_times
+from gpu_layers import prefill_checks, step_checks
 from gpu_sampler import SamplerReport, sampler_report
 
 from uld_serve.bench.environment import Environment
@@ -130,6 +131,8 @@ def _kernels(args: argparse.Namespace, subjects: Subjects) -> tuple[list[Check],
     checks = [
         *attention_checks(base.device, base.dtype, config),
         *lora_checks(base.device, base.dtype, config),
+        *prefill_checks(base.device, base.dtype, config),
+        *step_checks(base.device, base.dtype, config),
     ]
     for check in checks:
         print(f"{'ok  ' if check.ok else 'FAIL'} {check.what}: {check.gap:.2g}", file=sys.stderr)

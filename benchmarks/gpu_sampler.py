@@ -125,7 +125,7 @@ def kernels_on() -> Iterator[None]:
 
 
 def sampler_checks(device: torch.device, dtype: torch.dtype, *, vocab: int, width: int) -> list[Check]:
-    checks = [check for name in ROW_KINDS for check in _token_checks(name, vocab, device)]
+    checks = [check for name in ROW_KINDS for check in token_checks(name, vocab, device)]
     num_rows = EXACT_ROWS if device.type == "cuda" else EXACT_ROWS_ON_CPU
     head = random_head(vocab, width, device, dtype)
     hidden_SND = random_streams(num_rows, width, device, dtype)
@@ -139,12 +139,14 @@ def sampler_checks(device: torch.device, dtype: torch.dtype, *, vocab: int, widt
     return checks
 
 
-def _token_checks(name: str, vocab: int, device: torch.device) -> Iterator[Check]:
+def token_checks(
+    name: str, vocab: int, device: torch.device, *, num_rows: int = CHECKED_ROWS
+) -> Iterator[Check]:
     """Rows that differ from the torch sampler's on the CPU, from themselves alone, and from the static sampler's."""
-    history = History.random(CHECKED_ROWS, vocab, device)
-    kinds = kinds_of_batch(name, CHECKED_ROWS)
-    rows = [replace(kind.row(n, CHECKED_ROWS, history), is_measured=True) for n, kind in enumerate(kinds)]
-    logits_RV = rotated_logits(CHECKED_ROWS, vocab, torch.float32, device, at_most=1)[0]
+    history = History.random(num_rows, vocab, device)
+    kinds = kinds_of_batch(name, num_rows)
+    rows = [replace(kind.row(n, num_rows, history), is_measured=True) for n, kind in enumerate(kinds)]
+    logits_RV = rotated_logits(num_rows, vocab, torch.float32, device, at_most=1)[0]
     together = _drawn(logits_RV, rows)
     by_torch = _drawn(logits_RV.cpu(), [_on_host(row) for row in rows])
     yield _equal(f"{name}: tokens of the torch sampler", together, by_torch, bits=False)
@@ -154,7 +156,7 @@ def _token_checks(name: str, vocab: int, device: torch.device) -> Iterator[Check
     is_same &= torch.equal(singles[1], together.logprob_B[: len(alone)])
     yield Check(f"{name}: alone as beside others, to the bit", 0.0 if is_same else 1.0, is_same)
     static = StaticSampler(
-        SampleShape.of(rows, num_rows=CHECKED_ROWS + 3), vocab_size=vocab, protected_ids=_no_ids(device), device=device
+        SampleShape.of(rows, num_rows=num_rows + 3), vocab_size=vocab, protected_ids=_no_ids(device), device=device
     )  # fmt: skip
     static.fill(rows)
     static.run(logits_RV)

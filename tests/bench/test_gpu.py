@@ -48,8 +48,8 @@ def test_one_run_checks_and_times_everything(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads((tmp_path / "gpu.json").read_text()) == report
     assert report["ok"]
-    # Of attention and adapters; three for each of eight kinds of rows; one for each of four rules.
-    assert len(report["checks"]) == 11 + 3 * 8 + 4
+    # Of attention and adapters, of prompts and a layer's steps; three for each kind of rows; one for each rule.
+    assert len(report["checks"]) == 11 + 7 + 3 * 8 + 4
     assert {(one["rows"], one["batch"]) for one in report["sampler"]["heads"]} == {
         (rows, batch) for rows in ("subtract", "relu_difference") for batch in (1, 2)
     }
@@ -133,6 +133,32 @@ def test_goals_are_of_the_static_sampler_at_their_vocabulary(gpu: ModuleType) ->
         "times FlashInfer's sampling, subtract, batch 32": False,
         "us over head and argmax, subtract, batch 8": True,
     }
+
+
+def test_the_pass_for_the_sanitizer_is_right_and_says_where_there_is_no_sanitizer(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sanitize = importlib.import_module("gpu_sanitize")
+    assert sanitize.main(["--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"]
+    assert found["checks"] > 40
+    monkeypatch.setenv("PATH", "")
+    assert sanitize.main(["--run"]) == 3
+    assert "not on PATH" in capsys.readouterr().err
+
+
+def test_the_sanitizer_is_started_once_a_tool_and_what_it_finds_fails(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text('#!/bin/sh\ntest "$2" = memcheck\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sanitize = importlib.import_module("gpu_sanitize")
+    assert sanitize.main(["--run", "--tools", "memcheck", "racecheck"]) == 1
+    assert json.loads(capsys.readouterr().out)["status"] == {"memcheck": 0, "racecheck": 1}
+    assert sanitize.main(["--run", "--tools", "memcheck"]) == 0
 
 
 def test_timing_needs_no_server_package() -> None:
