@@ -18,7 +18,7 @@ from uld_kernels.assistants import Assistants
 from uld_kernels.candidates import kept_by_fused_filter, kept_by_target_filter, listed
 from uld_kernels.columns import Columns
 from uld_kernels.draws import token_of_lists, token_of_rows
-from uld_kernels.fusion import RowFailure, Streams, combine_whole
+from uld_kernels.fusion import RowFailure, Streams, combine_whole, normalized_rows
 from uld_kernels.history import penalized, penalizes, touched
 from uld_kernels.lane import Lane, RowsFailed
 from uld_kernels.logit_groups import LOWEST, Found, LogitGroups
@@ -174,6 +174,8 @@ def _kept(lane: Lane, way: Way, batch: Batch) -> tuple[Found, torch.Tensor | Non
 def _whole_scores(lane: Lane, batch: Batch) -> torch.Tensor:
     """(N, V) fused scores, one row after the other; -inf where a token is banned or removed. Raises RowsFailed."""
     streams = Streams(batch.logits_RW, batch.vocab_size, batch.late)
+    if normalized := normalized_rows(lane.rows):
+        streams.normalize(normalized)
     scores_NV = lane.groups.copy()
     failed: dict[int, int | None] = {}
     for place, (number, row) in enumerate(zip(lane.numbers, lane.rows, strict=True)):

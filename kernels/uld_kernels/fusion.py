@@ -7,6 +7,7 @@ Legend: R rows of logits, W their width (>= V), V real vocabulary, K survivors o
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, log, nan
 
@@ -15,7 +16,7 @@ import torch
 from uld_kernels import reference, rules
 from uld_kernels.logit_groups import Found, LogitGroups, containing_largest
 from uld_kernels.measure import measures_of_lists
-from uld_kernels.normalizers import log_sum_exp
+from uld_kernels.normalizers import log_sum_exp, log_sum_exps
 from uld_kernels.protection import protected
 from uld_kernels.rows import LateRows, SampleRow, Term
 from uld_kernels.segments import true_indices
@@ -112,6 +113,7 @@ class Streams:
         self._logits_RV = logits_RV
         self._vocab_size = vocab_size
         self._late = late
+        self._normalizers: dict[int, float] = {}
         self._dtype = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
 
     def read(self, row: int) -> torch.Tensor:
@@ -132,10 +134,27 @@ class Streams:
             raise RowFailure(rules.NUMERICAL)
         return stream_K
 
+    def normalize(self, rows: Collection[int]) -> None:
+        """Computes what kept_log wants to know of some rows, at once. They are not late."""
+        groups = LogitGroups.of(self.rows(sorted(rows)))
+        is_finite = groups.max_NG.amax(-1).isfinite().tolist()
+        finite = [place for place, finite in enumerate(is_finite) if finite]
+        values = log_sum_exps(groups.select(finite)).tolist()
+        self._normalizers.update(zip((sorted(rows)[place] for place in finite), values, strict=True))
+
+    def rows(self, rows: Sequence[int]) -> torch.Tensor:
+        """(len(rows), V)."""
+        first, last = rows[0], rows[-1]
+        if list(rows) == list(range(first, last + 1)):
+            chosen_NW = self._logits_RV[first : last + 1]
+        else:
+            chosen_NW = self._logits_RV[torch.tensor(rows, device=self._logits_RV.device)]
+        return chosen_NW[:, : self._vocab_size].to(self._dtype)
+
     def kept_log(self, row: int, ids_K: torch.Tensor) -> torch.Tensor:
         """The same as log-softmax over the whole vocabulary."""
         stream_K = self.kept(row, ids_K)
-        normalizer = log_sum_exp(self.read(row))
+        normalizer = self._normalizers[row] if row in self._normalizers else log_sum_exp(self.read(row))
         if not isfinite(normalizer):
             raise RowFailure(rules.NUMERICAL)
         return stream_K - normalizer
@@ -199,6 +218,17 @@ def combine(
         return _apply_one(streams, b_K, ids_K, terms[0])
     penalties = [_penalty(streams, b_K, ids_K, term, vocab_size=b_V.shape[0]) for term in terms]
     return reference.compose(b_K, penalties, mode=mode)
+
+
+def normalized_rows(rows: Sequence[SampleRow]) -> set[int]:
+    """Rows of logits whose normalisers the rules ask for."""
+    found = set()
+    for row in rows:
+        terms = row.distinct_terms
+        found.update(t.row_a for t in terms if t.kind == rules.SUBTRACT and len(terms) > 1)
+        for term in terms:
+            found.update((term.row_q, term.row_p) if term.kind == rules.PAIR_LINEAR else ())
+    return found
 
 
 def combine_whole(streams: Streams, b_V: torch.Tensor, row: SampleRow) -> torch.Tensor:
