@@ -56,7 +56,7 @@ def test_ratios_are_of_the_medians_and_floors_of_the_bytes(bench: Bench) -> None
     )
     medians = {one["variant"]: one["us_median"] for one in found["results"]}
     expected = {f"chain/{ours}": medians["chain"] / medians[ours] for ours in ("fused", "static")}
-    assert found["ratios"] == {"pair_linear/256/4": pytest.approx(expected, rel=1e-2)}
+    assert found["ratios"] == {"pair_linear/256/4": pytest.approx(expected, rel=1e-2, abs=1e-3)}
     # The target and two assistants in bf16.
     bytes_read = 3 * 4 * 256 * 2
     per_us = found["environment"]["copy_gb_per_s"] * 1e3
