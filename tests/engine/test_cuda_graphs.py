@@ -3,14 +3,16 @@ operation by operation on the CPU, as a CUDA graph would on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from recorded_run import RecordedRun
 from tiny_base import Tiny
+from uld_kernels import SampleOutput, SampleRow, SampleShape, StaticSampler, ops
 
-from uld_serve.engine import cuda_graphs
+from uld_serve.engine import cuda_graphs, sampler
 from uld_serve.engine.cuda_graphs import DecodeGraphs, GraphedRunner
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import Decision
@@ -66,14 +68,15 @@ MIXES = {
 }
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize("mix", MIXES)
 def test_recorded_steps_give_the_tokens_of_eager_ones(
-    make_engine: Callable[..., Engine], tiny: Tiny, mix: str
+    make_engine: Callable[..., Engine], tiny: Tiny, mix: str, overlap: bool
 ) -> None:
     """Requests join and end while others run, so sizes, widths and profiles change under way."""
     given = decisions(tiny, *MIXES[mix])
-    requests = [(decision, 5 + 9 * number, 30 - number) for number, decision in enumerate(given)]
-    eager, recorded = make_engine(block_size=BLOCK_SIZE), make_engine(block_size=BLOCK_SIZE)
+    requests = [(decision, 5 + 9 * number, 30 - 2 * number) for number, decision in enumerate(given)]
+    eager, recorded = make_engine(block_size=BLOCK_SIZE), make_engine(block_size=BLOCK_SIZE, overlap=overlap)
     expected = generate(eager, requests)
     graphs = with_graphs(recorded)
     assert generate(recorded, requests) == expected
@@ -298,12 +301,100 @@ def test_a_recording_that_gives_something_else_is_not_used(
     assert caplog.text.count("is not used") == 1
 
 
-def test_nan_in_one_sequence_keeps_a_step_from_being_recorded_and_nothing_else(step: Step) -> None:
-    """NaN is no reason to trust a recording; the decoder runs the step and its sampler ends that request."""
+class _Stale(RecordedRun):
+    """A recording that keeps to the data of its first replay."""
+
+    is_old = False
+
+    def replay(self) -> None:
+        if not self.is_old:
+            super().replay()
+        self.is_old = True
+
+
+def test_a_recording_must_be_right_on_other_data_too(
+    engine: Engine, tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = Step(engine, tiny, record=_Stale)
+    step.recorded(step.rows())
+    other = step.rows(token_ids_T=torch.tensor([50, 60, 70]))
+    assert [step.graphs.try_run(other) for _ in range(4)] == [None] * 4
+    assert caplog.text.count("is not used") == 1
+
+
+def test_nan_in_one_sequence_says_nothing_of_a_recording(step: Step) -> None:
+    """The decoder runs the step, and its sampler ends that request; the next step of that shape is looked at again."""
+    kept = [pool[3 * BLOCK_SIZE].clone() for pool in pools(step.cache)]
     for pool in pools(step.cache):
         pool[3 * BLOCK_SIZE] = torch.nan
     assert [step.graphs.try_run(step.rows()) for _ in range(3)] == [None] * 3
-    assert step.graphs.try_run(step.rows(on=())) is None
+    for pool, values in zip(pools(step.cache), kept, strict=True):
+        pool[3 * BLOCK_SIZE] = values
+    torch.testing.assert_close(step.recorded(step.rows()), step.eager(step.rows()), atol=1e-4, rtol=1e-5)
+    assert step.graphs.num_recorded == 1
+
+
+class GreedySampler(StaticSampler):
+    """Stands in for the kernels': of rows without a profile it takes the best token, by operations that can be
+    recorded, into tensors that the next run overwrites."""
+
+    num_runs = 0
+    is_recordable = True
+
+    def __init__(self, shape: SampleShape, **given: object) -> None:
+        super().__init__(shape, **given)
+        self.rows_B, self.token_ids_B = torch.zeros(2, shape.num_rows, dtype=torch.long)
+
+    def fill(self, rows: Sequence[SampleRow]) -> None:
+        self.count = len(rows)
+        self.rows_B[: self.count] = torch.tensor([row.row_b for row in rows])
+
+    def run(self, logits_RV: torch.Tensor) -> None:
+        GreedySampler.num_runs += 1
+        self.token_ids_B.copy_(logits_RV[:, : self.vocab_size].index_select(0, self.rows_B).argmax(-1))
+
+    def output(self) -> SampleOutput:
+        rows = [SampleRow(row_b=row, temperature=0.0) for row in range(self.count)]
+        logits_BV = torch.zeros(self.count, self.vocab_size)
+        logits_BV[torch.arange(self.count), self.token_ids_B[: self.count]] = 1.0
+        out = ops.fused_sample(
+            logits_BV, rows, vocab_size=self.vocab_size, protected_ids=torch.tensor([], dtype=torch.long)
+        )
+        return replace(out, token_ids_B=self.token_ids_B[: self.count])
+
+
+@pytest.mark.parametrize("record", [RecordedRun, _Off, _Stale])
+def test_a_sampler_that_can_be_recorded_is_in_the_graph(
+    make_engine: Callable[..., Engine],
+    tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    record: cuda_graphs.Record,
+) -> None:
+    """And where recordings go wrong, steps that have gone ahead are run anew with the tokens that they were for."""
+    requests = [
+        (decision, 5 + 4 * number, 30) for number, decision in enumerate(decisions(tiny, None, None, None))
+    ]
+    expected = generate(make_engine(block_size=BLOCK_SIZE), requests)
+    monkeypatch.setattr(sampler, "StaticSampler", GreedySampler)
+    monkeypatch.setattr(GreedySampler, "num_runs", 0)
+    engine = make_engine(block_size=BLOCK_SIZE, overlap=True)
+    graphs = with_graphs(engine, record)
+    assert generate(engine, requests) == expected
+    assert GreedySampler.num_runs == 2 * graphs.num_recorded, "only while a step is recorded"
+    assert (graphs.num_replayed > 20) == (record is RecordedRun)
+
+
+def test_a_graph_takes_draws_that_ask_for_less(make_engine: Callable[..., Engine], tiny: Tiny) -> None:
+    """One request's penalties and log-probabilities are no reason to record the others anew."""
+    engine = make_engine(block_size=BLOCK_SIZE)
+    graphs = with_graphs(engine)
+    rich = SamplingParams(max_tokens=8, ignore_eos=True, seed=0, logprobs=2, presence_penalty=1.0)
+    for params in (rich, replace(rich, logprobs=None), replace(rich, presence_penalty=0.0)):
+        engine.add("r", [1, 2, 3], params, decisions(tiny, "late-fork")[0])
+        while engine.has_work:
+            assert all(delta.error is None for delta in engine.step())
+    assert graphs.num_recorded == 1
+    assert graphs.num_replayed > 15
 
 
 def test_the_oldest_graph_makes_room(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:

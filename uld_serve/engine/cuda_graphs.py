@@ -9,12 +9,16 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
+from uld_kernels import SampleOutput, SampleRow, SampleShape, StaticSampler
 
+from uld_serve.engine.batch import Batch, Drawn
+from uld_serve.engine.recorded_step import Buffers, Record, RecordedStep, Recording
 from uld_serve.engine.runner import Runner
+from uld_serve.engine.sampler import InFlight, Sampler, same_draws
 from uld_serve.engine.seating import Seating
 from uld_serve.model.decoder import Decoder
 from uld_serve.model.head import Scores
@@ -22,10 +26,14 @@ from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.row_batch import RowBatch
 from uld_serve.model.static_step import StaticShape, StaticStep
 
+__all__ = ["CudaRecorder", "DecodeGraphs", "GraphedRunner", "Record", "Recording"]
+
 logger = logging.getLogger(__name__)
 
 # Recording takes as long as a few hundred steps: it pays for a shape that comes back.
 RECORD_AT_SIGHT = 2
+# Replays of a recording, each on other data, that the decoder runs too, before it is believed.
+NUM_CHECKS = 3
 LARGEST_NUMBER_OF_GRAPHS = 64
 LARGEST_NUMBER_OF_SHAPES_SEEN = 1024
 WARM_UP_RUNS = 2
@@ -34,17 +42,8 @@ TOLERANCE = {torch.float32: 1e-3}
 TOLERANCE_HALF = 0.05
 
 
-class Recording(Protocol):
-    """A recorded run: `replay` runs it again on whatever its buffers hold, into the same result."""
-
-    @property
-    def result(self) -> torch.Tensor: ...
-
-    def replay(self) -> None: ...
-
-
-Record = Callable[[Callable[[], torch.Tensor]], Recording]
-"""Records what a function does on the device. The function may be run more than once before."""
+_Key = tuple[StaticShape, SampleShape | None]
+"""None: scores alone, no draws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +76,22 @@ class CudaRecorder:
         return _CudaRecording(graph, result)
 
 
-@dataclass(slots=True)
-class _Graph:
-    """A recorded step, and what its rows' block tables hold on the host."""
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """Which tokens to draw from a step's scores, and how."""
 
-    step: StaticStep
-    recording: Recording
-    blocks: list[list[int]]
-    host_PB: torch.Tensor
+    batch: Batch
+    drawn: Drawn | None
+    sampler: Sampler
 
 
 @dataclass(slots=True)
 class DecodeGraphs:
-    """`scratch_block` is a block of `cache` that belongs to no sequence, now or later."""
+    """`scratch_block` is a block of `cache` that belongs to no sequence, now or later.
+
+    Graphs of one shape share its buffers, and those with draws of one shape a sampler: only one of them runs at a time,
+    and what it gave is read before the next.
+    """
 
     decoder: Decoder
     cache: KVCache
@@ -98,81 +100,139 @@ class DecodeGraphs:
     max_rows: int
     num_replayed: int = 0
     num_recorded: int = 0
-    _graphs: OrderedDict[StaticShape, _Graph] = field(default_factory=OrderedDict)
-    _seen: Counter[StaticShape] = field(default_factory=Counter)
-    _refused: set[StaticShape] = field(default_factory=set)
+    _buffers: OrderedDict[StaticShape, Buffers] = field(default_factory=OrderedDict)
+    _graphs: OrderedDict[_Key, RecordedStep] = field(default_factory=OrderedDict)
+    _seen: Counter[_Key] = field(default_factory=Counter)
+    _refused: set[_Key] = field(default_factory=set)
     _adapters: tuple[int, int, int] = (0, 0, 0)
 
     @torch.inference_mode()
     def try_run(self, rows: RowBatch) -> Scores | None:
         """The scores that the decoder's forward would give, or None for rows that it must run itself."""
-        seating = Seating.of(rows, max_rows=self.max_rows)
+        seating = self._seating(rows)
         if seating is None:
             return None
-        for row in rows.assistants:
-            self.decoder.bank.check(row.adapter_key, row.slot)
-        graph = self._graph(seating, rows)
-        if graph is None:
-            return None
-        self._graphs.move_to_end(seating.shape)
-        self._fill(graph, seating, rows)
-        logits_RW = graph.recording.result
-        wanted = seating.wanted(graph.step)
-        picks = None
-        if wanted != list(range(logits_RW.shape[0])):
-            # Before the replay: a copy from the host waits for what was launched earlier.
-            picks = torch.tensor(wanted, device=logits_RW.device)
-        graph.recording.replay()
-        self.num_replayed += 1
-        return Scores(logits_RW if picks is None else logits_RW.index_select(0, picks))
+        step = self._replayed(seating, rows, None)
+        return None if step is None else Scores(step.scores_of(seating.wanted(step.buffers.step)))
 
-    def _graph(self, seating: Seating, rows: RowBatch) -> _Graph | None:
-        self._forget_moved_adapters()
-        shape = seating.shape
-        if shape in self._graphs:
-            return self._graphs[shape]
-        if shape in self._refused:
+    @torch.inference_mode()
+    def try_draw(self, batch: Batch, drawn: Drawn | None, sampler: Sampler) -> SampleOutput | None:
+        """What the sampler would draw for a batch's wants, or None for one that must be run as it is. The output is
+        overwritten by the next one."""
+        seating = self._seating(batch.rows)
+        if seating is None or any(want.target_id is not None for want in batch.wants):
             return None
+        step = self._replayed(seating, batch.rows, _Draws(batch, drawn, sampler))
+        return None if step is None else step.drawn()
+
+    def _seating(self, rows: RowBatch) -> Seating | None:
+        seating = Seating.of(rows, max_rows=self.max_rows)
+        if seating is not None:
+            for row in rows.assistants:
+                self.decoder.bank.check(row.adapter_key, row.slot)
+        return seating
+
+    def _replayed(self, seating: Seating, rows: RowBatch, draws: _Draws | None) -> RecordedStep | None:
+        self._forget_moved_adapters()
+        buffers = self._buffers_of(seating.shape)
+        wanted = seating.wanted(buffers.step)
+        samples = None if draws is None else draws.sampler.rows(draws.batch.wants, wanted)
+        key = self._key(seating.shape, samples)
+        if key not in self._graphs and not self._is_worth_recording(key):
+            return None
+        buffers.fill(seating, rows)
+        if draws is not None and None in draws.batch.fed:
+            assert draws.drawn is not None, "a token that nobody knows"
+            buffers.feed(seating, draws.batch.fed[None], draws.drawn)
+        step = self._graphs.get(key) or self._recorded(key, buffers, draws, samples)
+        if step is None:
+            return None
+        self._graphs.move_to_end(key)
+        if step.sampler is not None and samples is not None:
+            step.sampler.fill(samples)
+        step.replay()
+        if step.checks_left and not self._is_right(key, step, rows, wanted, draws, samples):
+            return None
+        self.num_replayed += 1
+        return step
+
+    def _buffers_of(self, shape: StaticShape) -> Buffers:
+        if shape not in self._buffers:
+            self._buffers[shape] = Buffers(StaticStep(self.decoder, self.cache, shape), self.scratch_block)
+            if len(self._buffers) > LARGEST_NUMBER_OF_GRAPHS:
+                oldest, _ = self._buffers.popitem(last=False)
+                for key in [key for key in self._graphs if key[0] == oldest]:
+                    del self._graphs[key]
+        self._buffers.move_to_end(shape)
+        return self._buffers[shape]
+
+    def _key(self, shape: StaticShape, samples: Series[SampleRow] | None) -> _Key:
+        """Of a graph that is there and takes these draws too, else of one made for them."""
+        if samples is None:
+            return shape, None
+        exact = shape, SampleShape.of(samples, num_rows=shape.num_rows)
+        if exact in self._graphs:
+            return exact
+        others = (key for key in self._graphs if key[0] == shape and key[1] is not None)
+        return next((key for key in others if key[1] is not None and key[1].covers(samples)), exact)
+
+    def _is_worth_recording(self, key: _Key) -> bool:
+        if key in self._refused:
+            return False
         if len(self._seen) >= LARGEST_NUMBER_OF_SHAPES_SEEN:
             self._seen.clear()
-        self._seen[shape] += 1
-        if self._seen[shape] < RECORD_AT_SIGHT:
-            return None
-        return self._recorded(seating, rows)
+        self._seen[key] += 1
+        return self._seen[key] >= RECORD_AT_SIGHT
 
-    def _recorded(self, seating: Seating, rows: RowBatch) -> _Graph | None:
-        step = StaticStep(self.decoder, self.cache, seating.shape)
-        # Runs before the recording see this step's own rows: what they write is what the replay writes.
-        host_PB = torch.full(
-            step.blocks_PB.shape, self.scratch_block, pin_memory=step.blocks_PB.is_cuda, dtype=torch.long
-        )
-        blocks: list[list[int]] = [[] for _ in range(seating.shape.num_rows)]
-        self._fill_buffers(step, blocks, host_PB, seating, rows)
+    def _recorded(
+        self, key: _Key, buffers: Buffers, draws: _Draws | None, samples: Series[SampleRow] | None
+    ) -> RecordedStep | None:
         try:
-            recording = self.record(step.forward)
+            sampler = None
+            if draws is not None and samples is not None and key[1] is not None:
+                sampler = self._sampler(key[1], draws.sampler)
+                sampler.fill(samples)
+            step = RecordedStep.of(buffers, sampler, self.record, num_checks=NUM_CHECKS)
         except RuntimeError:
-            logger.exception("a decode step of %d rows cannot be recorded and runs as it is", len(blocks))
-            self._refused.add(seating.shape)
+            logger.exception("a decode step of %d rows cannot be recorded and runs as it is", key[0].num_rows)
+            self._refused.add(key)
             return None
         self.num_recorded += 1
-        graph = _Graph(step, recording, blocks, host_PB)
-        if not self._gives_what_the_decoder_does(graph, seating, rows):
-            self._refused.add(seating.shape)
-            return None
-        self._graphs[seating.shape] = graph
+        self._graphs[key] = step
         if len(self._graphs) > LARGEST_NUMBER_OF_GRAPHS:
             self._graphs.popitem(last=False)
-        return graph
+        return step
 
-    def _gives_what_the_decoder_does(self, graph: _Graph, seating: Seating, rows: RowBatch) -> bool:
-        """On these rows, whose keys and values are written a second time with the same values."""
-        expected_RW = self.decoder.forward(rows, self.cache).logits_RW
-        graph.recording.replay()
-        found_RW = graph.recording.result[torch.tensor(seating.wanted(graph.step), device=expected_RW.device)]
+    def _sampler(self, shape: SampleShape, sampler: Sampler) -> StaticSampler:
+        made = (step.sampler for (_, other), step in self._graphs.items() if other == shape)
+        return next((one for one in made if one is not None), None) or sampler.static(shape)
+
+    def _is_right(
+        self,
+        key: _Key,
+        step: RecordedStep,
+        rows: RowBatch,
+        wanted: list[int],
+        draws: _Draws | None,
+        samples: Series[SampleRow] | None,
+    ) -> bool:
+        """Whether the replay gave what the decoder and the sampler give, on these rows, whose keys and values are
+        written a second time with the same values. NaN says nothing: it is asked again at the next replay."""
+        own = rows if draws is None else draws.batch.on(self.decoder.base.device, draws.drawn)
+        expected_RW = self.decoder.forward(own, self.cache).logits_RW
+        found_RW = step.scores_of(wanted)
+        if not bool(expected_RW.isfinite().all()):
+            return False
         gap = float((found_RW - expected_RW).abs().max() / expected_RW.abs().max())
-        if gap <= TOLERANCE.get(self.decoder.base.dtype, TOLERANCE_HALF):
+        is_right = gap <= TOLERANCE.get(self.decoder.base.dtype, TOLERANCE_HALF)
+        if is_right and draws is not None and samples is not None:
+            is_right = same_draws(step.drawn(), draws.sampler.draw(samples, Scores(step.logits_RW)))
+        if is_right:
+            step.checks_left -= 1
             return True
-        logger.error("a recorded step of %d rows is off by %.1e and is not used", len(graph.blocks), gap)
+        logger.error("a recorded step of %d rows is off by %.1e and is not used", key[0].num_rows, gap)
+        self._refused.add(key)
+        del self._graphs[key]
         return False
 
     def _forget_moved_adapters(self) -> None:
@@ -181,42 +241,8 @@ class DecodeGraphs:
         now = (bank.num_loads, bank.num_evictions, bank.resident_bytes)
         if now != self._adapters:
             self._adapters = now
-            for shape in [shape for shape in self._graphs if shape.riders]:
-                del self._graphs[shape]
-
-    def _fill(self, graph: _Graph, seating: Seating, rows: RowBatch) -> None:
-        self._fill_buffers(graph.step, graph.blocks, graph.host_PB, seating, rows)
-
-    def _fill_buffers(
-        self,
-        step: StaticStep,
-        blocks: list[list[int]],
-        host_PB: torch.Tensor,
-        seating: Seating,
-        rows: RowBatch,
-    ) -> None:
-        """This step's data into the buffers; padding rows hold token 0 at position 0 of the scratch block."""
-        order, count = seating.order, len(seating.order)
-        given = (rows.token_ids_T, rows.positions_T, rows.slots_T)
-        paddings = (0, 0, self.scratch_block * self.cache.block_size)
-        index = None
-        if order != list(range(count)):
-            index = torch.tensor(order, device=step.token_ids_P.device)
-        buffers = (step.token_ids_P, step.positions_P, step.slots_P)
-        for buffer_P, data_T, padding in zip(buffers, given, paddings, strict=True):
-            buffer_P[:count].copy_(data_T if index is None else data_T.index_select(0, index))
-            buffer_P[count:].fill_(padding)
-        wanted = [list(rows.sequences[row].blocks) for row in order]
-        wanted += [[self.scratch_block]] * (len(blocks) - count)
-        for row, (before, after) in enumerate(zip(blocks, wanted, strict=True)):
-            if before != after:  # of 16 steps one adds a block
-                # What lies past a context repeats a block of its own: NaN in another's would not be hidden by a mask.
-                filled = after + after[:1] * (host_PB.shape[1] - len(after))
-                host_PB[row] = torch.tensor(filled)
-                blocks[row] = after
-        step.blocks_PB.copy_(host_PB, non_blocking=True)
-        if seating.adapters:
-            step.adapters_RP.copy_(torch.tensor(seating.adapters))
+            for key in [key for key in self._graphs if key[0].riders]:
+                del self._graphs[key]
 
 
 @dataclass(slots=True)
@@ -240,3 +266,10 @@ class GraphedRunner(Runner):
     def run(self, rows: RowBatch) -> Scores:
         scores = None if self.graphs is None else self.graphs.try_run(rows)
         return Runner.run(self, rows) if scores is None else scores
+
+    def launch(self, batch: Batch, drawn: Drawn | None, sampler: Sampler) -> InFlight:
+        """Run a batch and draw its tokens, in one graph where there is one."""
+        output = None if self.graphs is None else self.graphs.try_draw(batch, drawn, sampler)
+        if output is not None:
+            return sampler.drawn(batch.wants, output)
+        return sampler.launch(batch.wants, Runner.run(self, batch.on(sampler.device, drawn)))

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 
 import torch
-from uld_kernels import ops, rules
+from uld_kernels import SampleShape, StaticSampler, ops, rules
 from uld_kernels.rows import SMALLEST_TEMPERATURE, SampleOutput, SampleRow, ScoreOutput, Term
 
 from uld_serve.engine.batch import Drawn, Want
@@ -76,12 +76,37 @@ class Sampler:
         given = [want for want in wants if want.target_id is not None]
         parts, drawn = [], None
         if draws:
-            out = self._draw(draws, scores)
+            out = self.draw(self.rows(draws), scores)
             drawn = Drawn(out.token_ids_B, {want.sequence: row for row, want in enumerate(draws)})
             parts.append(self._part(draws, out, to_host(out.token_ids_B)))
         if given:
             parts.append(self._score(given, scores))
         return InFlight(wants, tuple(parts), drawn, self._mark())
+
+    def drawn(self, wants: Series[Want], out: SampleOutput) -> InFlight:
+        """The same for wants whose tokens have been drawn already; `out` may be overwritten afterwards."""
+        part = self._part(wants, out, to_host(out.token_ids_B))
+        drawn = Drawn(out.token_ids_B.clone(), {want.sequence: row for row, want in enumerate(wants)})
+        return InFlight(wants, (part,), drawn, self._mark())
+
+    def rows(self, wants: Series[Want], places: Series[int] | None = None) -> list[SampleRow]:
+        """What to draw, from scores in their order; or with row r of them in the place `places[r]`."""
+        return [self._row(want, places) for want in wants]
+
+    def draw(self, rows: Series[SampleRow], scores: Scores) -> SampleOutput:
+        return ops.fused_sample(
+            scores.logits_RW,
+            rows,
+            vocab_size=self.vocab_size,
+            protected_ids=self.protected_ids,
+            late=scores.late,
+        )
+
+    def static(self, shape: SampleShape) -> StaticSampler:
+        """One that draws the same from scores that lie in one place."""
+        return StaticSampler(
+            shape, vocab_size=self.vocab_size, protected_ids=self.protected_ids, device=self.device
+        )
 
     def collect(self, in_flight: InFlight) -> list[Outcome]:
         """One outcome a want, in order."""
@@ -99,16 +124,6 @@ class Sampler:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
-
-    def _draw(self, wants: Series[Want], scores: Scores) -> SampleOutput:
-        rows = [self._row(want) for want in wants]
-        return ops.fused_sample(
-            scores.logits_RW,
-            rows,
-            vocab_size=self.vocab_size,
-            protected_ids=self.protected_ids,
-            late=scores.late,
-        )
 
     def _score(self, wants: Series[Want], scores: Scores) -> _Part:
         rows = [self._scoring_row(want) for want in wants]
@@ -174,14 +189,17 @@ class Sampler:
             num_logprobs=self._num_logprobs(want) or 0,
         )
 
-    def _row(self, want: Want) -> SampleRow:
+    def _row(self, want: Want, places: Series[int] | None) -> SampleRow:
         sequence, params = want.sequence, want.sequence.params
         repeats = params.repetition_penalty != 1.0
         num_drawn = want.position - len(sequence.prompt_ids)
         assert not params.penalises or num_drawn == len(sequence.output_ids), "a penalty for tokens unknown"
+        row, stream_rows = want.row, want.stream_rows
+        if places is not None:
+            row, stream_rows = places[row], tuple(places[one] for one in stream_rows)
         return SampleRow(
-            row_b=want.row,
-            terms=_terms(sequence.plan, want.stream_rows),
+            row_b=row,
+            terms=_terms(sequence.plan, stream_rows),
             compose=rules.COMPOSE_CODES[sequence.plan.compose],
             temperature=params.temperature if params.temperature >= SMALLEST_TEMPERATURE else 0.0,
             top_k=params.top_k,
@@ -214,6 +232,15 @@ class Sampler:
 
     def _ids(self, token_ids: Series[int]) -> torch.Tensor:
         return to_device(torch.tensor(list(token_ids), dtype=torch.long), self.device)
+
+
+def same_draws(found: SampleOutput, expected: SampleOutput) -> bool:
+    """Whether the same tokens were drawn, under the same terms. Waits for the device."""
+    return (
+        found.digests == expected.digests
+        and torch.equal(found.token_ids_B, expected.token_ids_B)
+        and torch.equal(found.status_B, expected.status_B)
+    )
 
 
 def _terms(plan: Plan, stream_rows: tuple[int, ...]) -> tuple[Term, ...]:

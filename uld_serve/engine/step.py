@@ -9,6 +9,7 @@ from collections.abc import Sequence as Series
 from dataclasses import dataclass
 
 from uld_serve.engine.batch import Batch
+from uld_serve.engine.cuda_graphs import GraphedRunner
 from uld_serve.engine.plan import TARGET_POOL
 from uld_serve.engine.pools import Pools
 from uld_serve.engine.runner import Runner
@@ -95,8 +96,10 @@ class Steps:
     def _launch(self, scheduled: Series[Scheduled], before: InFlight | None) -> InFlight:
         self._clear_left_over()
         batch = Batch.of(scheduled, block_size=self.pools.block_size)
-        rows = batch.on(self.sampler.device, None if before is None else before.drawn)
-        return self.sampler.launch(batch.wants, self.runner.run(rows))
+        drawn = None if before is None else before.drawn
+        if isinstance(self.runner, GraphedRunner):
+            return self.runner.launch(batch, drawn, self.sampler)
+        return self.sampler.launch(batch.wants, self.runner.run(batch.on(self.sampler.device, drawn)))
 
     def _clear_left_over(self) -> None:
         for name, pool in self.pools.by_name.items():

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from uld_serve.model.beside import Beside
 from uld_serve.model.decoder import Decoder
 from uld_serve.model.geometry import Geometry, SequenceGroup
 from uld_serve.model.kv_cache import KVCache
@@ -45,8 +46,8 @@ class _Stage:
 
 
 class StaticStep:
-    """`forward` reads the buffers token_ids_P, positions_P, slots_P, blocks_PB and adapters_RP (bank slots by rider and
-    row, NO_ADAPTER where nobody reads the row) and nothing else that changes.
+    """`forward` reads the buffers token_ids_P, positions_P, slots_P (the rows of rows_3P), blocks_PB and adapters_RP
+    (bank slots by rider and row, NO_ADAPTER where nobody reads the row) and nothing else that changes.
 
     Its rows are the targets' and then, by rider, the assistants': `row_of` says where.
     """
@@ -54,13 +55,13 @@ class StaticStep:
     def __init__(self, decoder: Decoder, cache: KVCache, shape: StaticShape) -> None:
         self.decoder, self.cache, self.shape = decoder, cache, shape
         device = decoder.base.device
-        self.token_ids_P, self.positions_P, self.slots_P = torch.zeros(
-            3, shape.num_rows, dtype=torch.long, device=device
-        )
+        self.rows_3P = torch.zeros(3, shape.num_rows, dtype=torch.long, device=device)
+        self.token_ids_P, self.positions_P, self.slots_P = self.rows_3P.unbind()
         self.blocks_PB = torch.zeros(shape.num_rows, shape.num_blocks, dtype=torch.long, device=device)
         self.adapters_RP = torch.full(
             (len(shape.riders), shape.num_rows), NO_ADAPTER, dtype=torch.long, device=device
         )
+        self._beside = Beside(device) if device.type == "cuda" else None
         batch = self._template()
         contexts = Contexts(((tuple(range(shape.num_rows)), self.blocks_PB, True),))
         before: Span | None = None
@@ -107,7 +108,7 @@ class StaticStep:
         groups = tuple(_at(group, positions_N) for group in stage.seen.groups)
         seen = Geometry(stage.seen.writes, groups, decoder.attention.decode)
         slots_A = self.adapters_RP.view(-1).index_select(0, stage.adapted_seats)
-        decoder.bank.rows.seat_on_device(stage.adapted, slots_A)
+        decoder.bank.rows.seat_on_device(stage.adapted, slots_A, beside=self._beside)
         try:
             for index in range(stage.span.first, stage.span.end):
                 out = decoder.layers[index](
