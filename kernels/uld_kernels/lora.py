@@ -7,6 +7,8 @@ X shrunk width (r times the parts)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
@@ -36,20 +38,97 @@ def add_deltas(
     shapes that do not fit; ids in the tables are not looked at, since that would wait for the device.
     """
     _check(y_NO, x_NI, A_PIX, parts, rows_A, places_A)
-    if place_of_Z is not None and not place_of_Z.is_contiguous():
-        raise ValueError("the places of adapters must lie contiguous")
-    if x_NI.is_cuda and x_NI.dtype in HALF_OR_SINGLE:
+    seats = Seats(rows_A, places_A, place_of_Z)
+    expand(y_NO, shrink(x_NI, A_PIX, seats), parts, seats)
+
+
+class Tables(TypedDict):
+    rows_A: torch.Tensor
+    places_A: torch.Tensor
+    place_of_Z: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """rows_A, places_A and place_of_Z of add_deltas."""
+
+    rows_A: torch.Tensor
+    places_A: torch.Tensor
+    place_of_Z: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows_A.shape != self.places_A.shape:
+            raise ValueError(f"{self.rows_A.shape[0]} rows and {self.places_A.shape[0]} places")
+        if self.place_of_Z is not None and not self.place_of_Z.is_contiguous():
+            raise ValueError("the places of adapters must lie contiguous")
+
+    @property
+    def tables(self) -> Tables:
+        return {"rows_A": self.rows_A, "places_A": self.places_A, "place_of_Z": self.place_of_Z}
+
+    def looked_up_A(self) -> torch.Tensor:
+        """The place of each row, negative where it has none."""
+        if self.place_of_Z is None:
+            return self.places_A
+        is_known_A = (self.places_A >= 0) & (self.places_A < self.place_of_Z.shape[0])
+        found_A = self.place_of_Z[torch.where(is_known_A, self.places_A, 0).long()]
+        return torch.where(is_known_A, found_A, -1)
+
+
+def shrink(x_NI: torch.Tensor, A_PIX: torch.Tensor, seats: Seats) -> torch.Tensor | None:
+    """The first half of add_deltas: partial sums (J, A, X) of x A in fp32, by slice of the input; None where there is
+    no row or no adapter. It needs no y, so it may run beside the product that makes it. Rows without an adapter hold
+    anything."""
+    if seats.rows_A.shape[0] == 0 or 0 in A_PIX.shape:
+        return None
+    if _runs_on_triton(x_NI):
         # Imported where used: triton is not there on every machine that serves from the CPU.
         from uld_kernels import lora_triton
 
-        lora_triton.add_deltas(
-            y_NO, x_NI, A_PIX, parts, rows_A=rows_A, places_A=places_A, place_of_Z=place_of_Z
-        )
+        return lora_triton.shrink(x_NI, A_PIX, **seats.tables)
+    return shrink_reference(x_NI, A_PIX, seats)
+
+
+def expand(
+    y_NO: torch.Tensor,
+    shrunk_JAX: torch.Tensor | None,
+    parts: Sequence[tuple[torch.Tensor, int]],
+    seats: Seats,
+) -> None:
+    """The second half of add_deltas: adds what `shrink` gave, times B, to y in place."""
+    if shrunk_JAX is None:
+        return
+    if _runs_on_triton(y_NO):
+        from uld_kernels import lora_triton
+
+        lora_triton.expand(y_NO, shrunk_JAX, parts, **seats.tables)
     else:
-        if place_of_Z is not None:
-            is_known_A = (places_A >= 0) & (places_A < place_of_Z.shape[0])
-            places_A = torch.where(is_known_A, place_of_Z[torch.where(is_known_A, places_A, 0)], -1)
-        reference(y_NO, x_NI, A_PIX, parts, rows_A=rows_A, places_A=places_A)
+        expand_reference(y_NO, shrunk_JAX, parts, seats)
+
+
+def shrink_reference(x_NI: torch.Tensor, A_PIX: torch.Tensor, seats: Seats) -> torch.Tensor:
+    """The definition, in one slice. Gathers every row's adapter; fp32, or fp64 for fp64 inputs."""
+    dtype = torch.promote_types(x_NI.dtype, torch.float32)
+    own_A = seats.looked_up_A().clamp_min(0)
+    return (x_NI[seats.rows_A.long()].to(dtype)[:, None] @ A_PIX[own_A].to(dtype)).transpose(0, 1)
+
+
+def expand_reference(
+    y_NO: torch.Tensor,
+    shrunk_JAX: torch.Tensor,
+    parts: Sequence[tuple[torch.Tensor, int]],
+    seats: Seats,
+) -> None:
+    """The definition. Gathers every row's adapter; fp32, or fp64 for fp64 inputs."""
+    dtype, rows_A, places_A = shrunk_JAX.dtype, seats.rows_A.long(), seats.looked_up_A()
+    own_A, shrunk_A1X = places_A.clamp_min(0), shrunk_JAX.sum(0)[:, None]
+    for number, (B_PrO, first) in enumerate(parts):
+        _, r, width = B_PrO.shape
+        delta_AO = (shrunk_A1X[..., number * r : (number + 1) * r] @ B_PrO[own_A].to(dtype))[:, 0]
+        y_part_NO = y_NO[:, first : first + width]
+        y_AO = y_part_NO[rows_A].to(dtype)
+        y_AO = torch.where((places_A < 0)[:, None], y_AO, y_AO + delta_AO)
+        y_part_NO.index_copy_(0, rows_A, y_AO.to(y_NO.dtype))
 
 
 def reference(
@@ -61,19 +140,14 @@ def reference(
     rows_A: torch.Tensor,
     places_A: torch.Tensor,
 ) -> None:
-    """The definition. Gathers every row's adapter; fp32, or fp64 for fp64 inputs."""
-    if A_PIX.shape[0] == 0 or rows_A.shape[0] == 0:
-        return
-    dtype = torch.promote_types(x_NI.dtype, torch.float32)
-    rows_A, own_A = rows_A.long(), places_A.clamp_min(0)
-    shrunk_A1X = x_NI[rows_A].to(dtype)[:, None] @ A_PIX[own_A].to(dtype)
-    for number, (B_PrO, first) in enumerate(parts):
-        _, r, width = B_PrO.shape
-        delta_AO = (shrunk_A1X[..., number * r : (number + 1) * r] @ B_PrO[own_A].to(dtype))[:, 0]
-        y_part_NO = y_NO[:, first : first + width]
-        y_AO = y_part_NO[rows_A].to(dtype)
-        y_AO = torch.where((places_A < 0)[:, None], y_AO, y_AO + delta_AO)
-        y_part_NO.index_copy_(0, rows_A, y_AO.to(y_NO.dtype))
+    """Both definitions, one after the other."""
+    if rows_A.shape[0] and 0 not in A_PIX.shape:
+        seats = Seats(rows_A, places_A)
+        expand_reference(y_NO, shrink_reference(x_NI, A_PIX, seats), parts, seats)
+
+
+def _runs_on_triton(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype in HALF_OR_SINGLE
 
 
 def _check(

@@ -13,7 +13,6 @@ X shrunk width (r times the parts), J slices of the input width."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -33,57 +32,23 @@ NUM_STAGES = 3
 MAX_PARTS = 3
 
 
-def add_deltas(
-    y_NO: torch.Tensor,
+def shrink(
     x_NI: torch.Tensor,
     A_PIX: torch.Tensor,
-    parts: Sequence[tuple[torch.Tensor, int]],
     *,
     rows_A: torch.Tensor,
     places_A: torch.Tensor,
     place_of_Z: torch.Tensor | None,
-) -> None:
-    """lora.add_deltas for arguments that it has checked."""
-    seats = Seats(rows_A, places_A, place_of_Z)
-    shrunk_JAX = shrink(x_NI, A_PIX, seats)
-    if shrunk_JAX is not None:
-        expand(y_NO, shrunk_JAX, parts, seats)
-
-
-@dataclass(frozen=True, slots=True)
-class Seats:
-    """Which rows have an adapter, and where it is; `place_of_Z` None: places_A says it itself."""
-
-    rows_A: torch.Tensor
-    places_A: torch.Tensor
-    place_of_Z: torch.Tensor | None
-
-    @property
-    def tables(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        table = self.places_A if self.place_of_Z is None else self.place_of_Z
-        return self.rows_A, self.places_A, table, table.shape[0]
-
-    @property
-    def num_runs(self) -> int:
-        """Runs of equal places that a tile may have."""
-        return min(int(BLOCK_A.value), self.rows_A.shape[0])
-
-    @property
-    def num_programs(self) -> int:
-        return int(triton.cdiv(self.rows_A.shape[0], BLOCK_A.value)) * self.num_runs
-
-
-def shrink(x_NI: torch.Tensor, A_PIX: torch.Tensor, seats: Seats) -> torch.Tensor | None:
-    """Partial sums of x A by slice of the input, fp32; None where there is nothing to sum."""
-    num_rows, (num_places, in_width, X) = seats.rows_A.shape[0], A_PIX.shape
-    if num_rows == 0 or X == 0 or num_places == 0:
-        return None
+) -> torch.Tensor:
+    """lora.shrink where there are rows and adapters."""
+    num_rows, (_, in_width, X) = rows_A.shape[0], A_PIX.shape
     slice_width, num_slices = slices_of(in_width)
     shrunk_JAX = torch.empty((num_slices, num_rows, X), dtype=torch.float32, device=x_NI.device)
-    _shrink_kernel[(seats.num_programs, num_slices)](
-        x_NI, x_NI.stride(0), A_PIX, A_PIX.stride(0), shrunk_JAX, *seats.tables, num_rows, seats.num_runs,
+    _shrink_kernel[(_num_tiles(num_rows) * _num_runs(num_rows), num_slices)](
+        x_NI, x_NI.stride(0), A_PIX, A_PIX.stride(0), shrunk_JAX, *_tables(rows_A, places_A, place_of_Z),
+        num_rows, _num_runs(num_rows),
         IN_WIDTH=in_width, SHRUNK_WIDTH=X, SLICE=slice_width, BLOCK_I=BLOCK_I, BLOCK_X=block_of(X),
-        HAS_TABLE=seats.place_of_Z is not None, IS_UPCAST=_is_upcast(x_NI.dtype),
+        HAS_TABLE=place_of_Z is not None, IS_UPCAST=_is_upcast(x_NI.dtype),
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     return shrunk_JAX
@@ -93,9 +58,12 @@ def expand(
     y_NO: torch.Tensor,
     shrunk_JAX: torch.Tensor,
     parts: Sequence[tuple[torch.Tensor, int]],
-    seats: Seats,
+    *,
+    rows_A: torch.Tensor,
+    places_A: torch.Tensor,
+    place_of_Z: torch.Tensor | None,
 ) -> None:
-    """y += the sum of the slices times B, for up to MAX_PARTS parts a launch."""
+    """lora.expand, up to MAX_PARTS parts a launch."""
     num_slices, num_rows, X = shrunk_JAX.shape
     for begin in range(0, len(parts), MAX_PARTS):
         own = parts[begin : begin + MAX_PARTS]
@@ -105,12 +73,28 @@ def expand(
         widths = [B_PrO.shape[2] for B_PrO, _ in own] + [0] * (MAX_PARTS - len(own))
         firsts = [first for _, first in own] + [0] * (MAX_PARTS - len(own))
         num_blocks = sum(triton.cdiv(width, block_o(r)) for width in widths)
-        _expand_kernel[(seats.num_programs, num_blocks)](
-            y_NO, y_NO.stride(0), *factors, shrunk_JAX, *seats.tables,
-            num_rows, seats.num_runs, *widths, *firsts, begin * r,
+        _expand_kernel[(_num_tiles(num_rows) * _num_runs(num_rows), num_blocks)](
+            y_NO, y_NO.stride(0), *factors, shrunk_JAX, *_tables(rows_A, places_A, place_of_Z),
+            num_rows, _num_runs(num_rows), *widths, *firsts, begin * r,
             RANK=r, SHRUNK_WIDTH=X, NUM_SLICES=num_slices, BLOCK_J=triton.next_power_of_2(num_slices),
-            BLOCK_R=block_of(r), BLOCK_O=block_o(r), HAS_TABLE=seats.place_of_Z is not None, num_warps=NUM_WARPS,
+            BLOCK_R=block_of(r), BLOCK_O=block_o(r), HAS_TABLE=place_of_Z is not None, num_warps=NUM_WARPS,
         )  # fmt: skip
+
+
+def _tables(
+    rows_A: torch.Tensor, places_A: torch.Tensor, place_of_Z: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    table = places_A if place_of_Z is None else place_of_Z
+    return rows_A, places_A, table, table.shape[0]
+
+
+def _num_tiles(num_rows: int) -> int:
+    return -(-num_rows // int(BLOCK_A.value))
+
+
+def _num_runs(num_rows: int) -> int:
+    """Runs of equal places that a tile may have."""
+    return min(int(BLOCK_A.value), num_rows)
 
 
 def slices_of(width: int) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 
 from uld_serve.errors import Overloaded, ProfileMismatch
+from uld_serve.model import lora
 from uld_serve.model.adapter_bank import AdapterBank
+from uld_serve.model.beside import Beside
 
 ROW_BYTES = (6 + 5) * 4
 """Of rank 1 in Block's one linear layer, in fp32."""
@@ -255,3 +258,58 @@ def test_a_module_that_the_base_does_not_have_is_refused(name: str, message: str
     tensors = {f"{name}.lora_A": torch.zeros(1, 6), f"{name}.lora_B": torch.zeros(5, 1)}
     with pytest.raises(ProfileMismatch, match=message):
         bank().acquire("a", always(Delta(tensors)))
+
+
+def test_a_shrink_runs_beside_the_product_of_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Branched off before the product, joined after it, and expanded on the stream that has the product."""
+    log: list[str] = []
+    current = ["main"]
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name, self.device = name, torch.device("cuda")
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        current.append(stream.name)
+        yield
+        current.pop()
+
+    def logged(name: str, run: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object) -> object:
+            log.append(f"{name} on {current[-1]}")
+            return run(*given)
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(current[-1]))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(lora, "shrink", logged("shrink", lora.shrink))
+    monkeypatch.setattr(lora, "expand", logged("expand", lora.expand))
+    it, x = bank(), torch.randn(5, 6)
+    delta = adapter(1, 2)
+    slot = it.acquire("a", always(delta))
+    up = it.layers[0].mlp.up_proj
+    plain = up(x[None])[0]
+    up.base.register_forward_hook(lambda *_: log.append(f"product on {current[-1]}"))
+    it.rows.seat_on_device(
+        torch.tensor([1, 4]), torch.tensor([slot, -1]), beside=Beside(torch.device("cuda"))
+    )
+    got = up(x[None])[0] - plain
+    assert log == [
+        "side waits for main",
+        "shrink on side",
+        "product on main",
+        "main waits for side",
+        "expand on main",
+    ]
+    torch.testing.assert_close(got[1], delta.of(x[1]))
+    assert torch.equal(got[[0, 2, 3, 4]], torch.zeros(4, 5))
+    log.clear()
+    it.rows.seat_on_device(torch.tensor([], dtype=torch.long), torch.tensor([]), beside=it.rows.beside)
+    up(x[None])
+    assert log == ["product on main"]

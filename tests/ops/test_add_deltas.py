@@ -36,6 +36,17 @@ def test_every_row_gets_its_own_adapters_delta() -> None:
     assert torch.equal(changed[[0, 2]], torch.zeros(2, 8))
 
 
+def test_no_rows_and_no_adapters_change_nothing() -> None:
+    for changes in (
+        {"rows_A": torch.empty(0).long(), "places_A": torch.empty(0).long()},
+        {"A_PIX": torch.zeros(0, 6, 4), "parts": [(torch.zeros(0, 2, 5), 0), (torch.zeros(0, 2, 3), 5)]},
+    ):
+        given = case() | changes
+        before = given["y_NO"].clone()
+        add_deltas(**given)
+        assert torch.equal(given["y_NO"], before)
+
+
 def test_places_may_be_looked_up_by_the_number_of_an_adapter() -> None:
     given, looked_up = case(), case()
     add_deltas(**given)

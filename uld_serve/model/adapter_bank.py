@@ -14,7 +14,8 @@ from torch import nn
 
 from uld_serve.errors import Overloaded, ProfileMismatch
 from uld_serve.model.fused_layer import FusedLayer
-from uld_serve.model.lora import LoraDelta, LoraLinear, LoraRows, Pair
+from uld_serve.model.lora import LoraDelta, LoraLinear, Pair
+from uld_serve.model.lora_rows import LoraRows
 from uld_serve.model.packed_linear import PackedLinear
 
 Pairs = dict[LoraDelta, dict[int, Pair]]

@@ -20,7 +20,8 @@ from uld_serve.model.attention import attend
 from uld_serve.model.geometry import Geometry, Heads
 from uld_serve.model.joint_linear import JointLinear
 from uld_serve.model.layer_steps import LayerSteps, RootMeanSquare
-from uld_serve.model.lora import LoraDelta, LoraRows
+from uld_serve.model.lora import LoraDelta
+from uld_serve.model.lora_rows import LoraRows
 
 PROJECTIONS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -20,7 +20,7 @@ from uld_serve.model.fused_layer import PROJECTIONS, FusedLayer, Rotation, has_p
 from uld_serve.model.geometry import Geometry, Heads, SequenceGroup, Write
 from uld_serve.model.kv_cache import KVCache
 from uld_serve.model.layer_steps import LayerSteps
-from uld_serve.model.lora import LoraRows
+from uld_serve.model.lora_rows import LoraRows
 
 PROBE_NAME = "uld_probe"
 TOLERANCE = 1e-4

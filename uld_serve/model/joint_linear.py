@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from uld_serve.model.lora import LoraDelta, LoraRows
+from uld_serve.model.lora import LoraDelta
+from uld_serve.model.lora_rows import LoraRows
 from uld_serve.model.packed_linear import PackedLinear
 
 
@@ -38,9 +39,7 @@ class JointLinear:
         self._bias_O = bias_O
 
     def __call__(self, x_NI: torch.Tensor, residual_NO: torch.Tensor | None = None) -> torch.Tensor:
-        y_NO = self._product(x_NI, residual_NO)
-        self.delta.add_to(y_NO, x_NI)
-        return y_NO
+        return self.delta.product(x_NI, lambda: self._product(x_NI, residual_NO))
 
     def _product(self, x_NI: torch.Tensor, residual_NO: torch.Tensor | None) -> torch.Tensor:
         if self._packed is not None:

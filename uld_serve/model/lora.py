@@ -3,95 +3,27 @@ the decoder which rows are whose. y = W x + scaling * B (A x), arXiv 2106.09685 
 an adapter is a slot number and pairs of tensors.
 
 Shapes: N rows, I input width, O output width of one part, r rank, P places of the store, X = r times the parts
-that adapters change, G groups of rows with one adapter, C rows of a group.
+that adapters change, G groups of rows with one adapter, C rows of a group, J slices of the input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from uld_kernels.lora import add_deltas
+from uld_kernels.lora import Seats, expand, shrink
 
+from uld_serve.model.lora_rows import ROWS_MULTIPLE, Group, LoraRows, filled
 from uld_serve.model.packed_linear import PackedLinear
 
-# fp32 products of 4, 8, 12, … rows sum in one order, those of fewer in another: rows are filled up to a multiple, so
-# that what a request gets does not depend on who is beside it.
-ROWS_MULTIPLE = 4
-# More adapters than this in one batch are applied by batched products; up to here a loop is faster.
 FIRST_SLOTS = 1024
-LOOPED_GROUPS = 4
-# Batched products fill every group up to the widest. Not where one group's prompt stands beside others' single rows.
-LARGEST_FILL = 4
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A (r, I) and B (O, r) of one linear layer, the adapter's scaling already in B."""
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Assistant rows [first, end), counted from the first assistant, with the adapter in `slot`."""
-
-    slot: int
-    first: int
-    end: int
-
-
-@dataclass(slots=True)
-class LoraRows:
-    """Whose the rows of the layer being run are: those from `start` on are assistants, in groups by slot.
-
-    One object is shared by a model's linear layers and set by its decoder before each run of layers,
-    because Hugging Face's MLPs hand no keyword arguments down.
-    """
-
-    start: int = 0
-    groups: tuple[Group, ...] = ()
-    slots: tuple[int, ...] = ()
-    seats_GC: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    back_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    is_batched: bool = False
-    rows_A: torch.Tensor | None = None
-    slots_A: torch.Tensor | None = None
-    _seated: tuple[int, ...] | None = None
-    _groups: tuple[Group, ...] = ()
-
-    def seat(self, start: int, slots: Sequence[int], device: torch.device) -> None:
-        """The rows from `start` on have these slots, equal ones side by side; a slot that no adapter has is none."""
-        self.start = start
-        if self._seated == tuple(slots):  # a decode step mostly looks like the one before
-            self.groups = self._groups
-            return
-        self._seated = None
-        groups, first = [], 0
-        for slot, rows in groupby(slots):
-            end = first + len(list(rows))
-            groups.append(Group(slot, first, end))
-            first = end
-        self.groups = self._groups = tuple(groups)
-        self.slots = tuple(group.slot for group in groups)
-        width = _filled(max((group.end - group.first for group in groups), default=0))
-        self.is_batched = len(groups) > LOOPED_GROUPS and len(groups) * width <= LARGEST_FILL * len(slots)
-        if not self.is_batched:
-            self._seated = tuple(slots)
-            return
-        # Padding repeats a group's first row; what it gives is not read back.
-        seats = [[min(group.first + c, group.end - 1) for c in range(width)] for group in groups]
-        back = [g * width + c for g, group in enumerate(groups) for c in range(group.end - group.first)]
-        self.seats_GC = torch.tensor(seats, device=device)
-        self.back_N = torch.tensor(back, device=device)
-        self._seated = tuple(slots)  # last: what failed half-way must be made anew
-
-    def seat_on_device(self, rows_A: torch.Tensor, slots_A: torch.Tensor) -> None:
-        """Rows `rows_A` have the slots in `slots_A`, negative for none: nothing of it is read on the host."""
-        self.rows_A, self.slots_A = rows_A, slots_A
-
-    def clear(self) -> None:
-        self.groups, self.rows_A, self.slots_A = (), None, None
 
 
 class LoraDelta:
@@ -128,21 +60,27 @@ class LoraDelta:
         self._views: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
         self._gathered: tuple[tuple[int, ...], torch.Tensor, tuple[torch.Tensor, ...]] | None = None
 
-    def add_to(self, y_NO: torch.Tensor, x_NI: torch.Tensor) -> None:
-        """Add the deltas of the rows that are seated, in place. Both hold all rows of the layer."""
+    def product(self, x_NI: torch.Tensor, base: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `base` gives, with the deltas of the rows that are seated added in place."""
         rows = self.rows
-        if rows.rows_A is not None and rows.slots_A is not None:
-            parts = [(self.B_PrO[part], self._offsets[part]) for part in self.parts]
-            add_deltas(
-                y_NO,
-                x_NI,
-                self.A_PIX,
-                parts,
-                rows_A=rows.rows_A,
-                places_A=rows.slots_A,
-                place_of_Z=self._place_of,
-            )
-            return
+        if rows.rows_A is None or rows.slots_A is None:
+            y_NO = base()
+            self.add_to(y_NO, x_NI)
+            return y_NO
+        if not self.parts or rows.rows_A.shape[0] == 0:
+            return base()
+        seats = Seats(rows.rows_A, rows.slots_A, self._place_of)
+        with rows.beside.branch() if rows.beside is not None else nullcontext():
+            shrunk_JAX = shrink(x_NI, self.A_PIX, seats)
+        y_NO = base()
+        if rows.beside is not None:
+            rows.beside.join()
+        expand(y_NO, shrunk_JAX, [(self.B_PrO[part], self._offsets[part]) for part in self.parts], seats)
+        return y_NO
+
+    def add_to(self, y_NO: torch.Tensor, x_NI: torch.Tensor) -> None:
+        """Add the deltas of the rows that are seated on the host, in place. Both hold all rows of the layer."""
+        rows = self.rows
         if not rows.groups or not self.places:
             return
         if rows.is_batched and all(slot in self.places for slot in rows.slots):
@@ -178,7 +116,7 @@ class LoraDelta:
     def _filled(self, x_NI: torch.Tensor, first: int, end: int) -> torch.Tensor:
         """Rows [first, end) in the deltas' dtype, as the last of a multiple of rows. What fills up are the rows
         before them, or, where there are too few, anything; nothing of it is read back."""
-        width = _filled(end - first)
+        width = filled(end - first)
         if end >= width:
             return x_NI[end - width : end].to(self.dtype)
         if width > ROWS_MULTIPLE:  # the target's own rows carry the adapter, from the first on
@@ -316,10 +254,4 @@ class LoraLinear(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x)
-        self.delta.add_to(y[0], x[0])
-        return y
-
-
-def _filled(count: int) -> int:
-    return -(-count // ROWS_MULTIPLE) * ROWS_MULTIPLE
+        return self.delta.product(x[0], lambda: self.base(x)[0])[None]

