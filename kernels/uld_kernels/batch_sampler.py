@@ -18,7 +18,7 @@ from uld_kernels.assistants import Assistants
 from uld_kernels.candidates import kept_by_fused_filter, kept_by_target_filter, listed
 from uld_kernels.columns import Columns
 from uld_kernels.draws import token_of_lists, token_of_rows
-from uld_kernels.fusion import RowFailure, Streams, combine_whole, normalized_rows
+from uld_kernels.fusion import combine_whole, whole_rows
 from uld_kernels.history import penalized, penalizes, touched
 from uld_kernels.lane import Lane, RowsFailed
 from uld_kernels.logit_groups import LOWEST, Found, LogitGroups
@@ -35,7 +35,7 @@ from uld_kernels.measure import (
 from uld_kernels.normalizers import log_sum_exps
 from uld_kernels.protection import protected
 from uld_kernels.rows import LateRows, SampleRow
-from uld_kernels.segments import Segments
+from uld_kernels.streams import RowFailure, Streams
 from uld_kernels.ways import Targets, Way, is_measured, lanes, way_of
 
 
@@ -149,7 +149,7 @@ def _draw_fused(lane: Lane, way: Way, batch: Batch, columns: Columns) -> None:
     weights = kept
     if any(map(penalizes, lane.rows)):
         weights = kept.valued(penalized(kept, lane.rows, anchor_N, vocab_size=lane.groups.size))
-    segments = Segments.of(weights.row_C, len(lane.rows))
+    segments = weights.segments(len(lane.rows))
     highest_N, lowest_N = segments.maxima(weights.value_C), -segments.maxima(-weights.value_C)
     lane.fail_where(~(highest_N.isfinite() & lowest_N.isfinite()), rules.NUMERICAL)
     token_N = token_of_lists(lane, weights)
@@ -174,8 +174,8 @@ def _kept(lane: Lane, way: Way, batch: Batch) -> tuple[Found, torch.Tensor | Non
 def _whole_scores(lane: Lane, batch: Batch) -> torch.Tensor:
     """(N, V) fused scores, one row after the other; -inf where a token is banned or removed. Raises RowsFailed."""
     streams = Streams(batch.logits_RW, batch.vocab_size, batch.late)
-    if normalized := normalized_rows(lane.rows):
-        streams.normalize(normalized)
+    read, normalized = whole_rows(lane.rows)
+    streams.survey(read, normalized=normalized)
     scores_NV = lane.groups.copy()
     failed: dict[int, int | None] = {}
     for place, (number, row) in enumerate(zip(lane.numbers, lane.rows, strict=True)):

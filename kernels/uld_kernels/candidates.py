@@ -12,9 +12,8 @@ import torch
 
 from uld_kernels import reference, rules
 from uld_kernels.lane import Lane
-from uld_kernels.logit_groups import LOWEST, Found, LogitGroups, first_best, kth_largest, merged
+from uld_kernels.logit_groups import LOWEST, Found, LogitGroups, kth_largest, merged
 from uld_kernels.rows import SampleRow, Term
-from uld_kernels.segments import Segments
 
 # How much further down (nats) the next look goes when the tokens looked at are all hushed; it doubles each time.
 _FIRST_STEP = 4.0
@@ -44,7 +43,7 @@ def kept_by_target_filter(lane: Lane, fuse: Fuse) -> Found:
 def kept_of(lane: Lane, fused: Found) -> Found:
     """What the fused filter leaves of fused scores, none of which is left out that it could leave. Raises
     RowsFailed."""
-    best_N = Segments.of(fused.row_C, len(lane.rows)).maxima(fused.value_C)
+    best_N = fused.segments(len(lane.rows)).maxima(fused.value_C)
     _check_best(lane, best_N)
     return _near_best(lane, fused, best_N)
 
@@ -104,7 +103,7 @@ def least_kept(term: Term, vocab_size: int) -> int:
 
 def _kth_values(found: Found, k: int, *, num_rows: int) -> torch.Tensor:
     """(N,): the k-th largest of what was found of each row; the lowest number where there are fewer."""
-    padded_NK = Segments.of(found.row_C, num_rows).padded(found.value_C, fill=LOWEST)
+    padded_NK = found.segments(num_rows).padded(found.value_C, fill=LOWEST)
     if padded_NK.shape[1] < k:
         return padded_NK.new_full((num_rows,), LOWEST)
     return kth_largest(padded_NK, k)
@@ -122,7 +121,7 @@ def _within_reach(lane: Lane, fuse: Fuse) -> tuple[Found, torch.Tensor]:
     fused = fuse(lane.groups.at_least(limit_N[:, None]))
     step = _FIRST_STEP
     while True:
-        best_N, _ = first_best(fused.value_C, fused.row_C, num_rows=len(lane.rows))
+        best_N, _ = fused.first_best(fused.value_C, num_rows=len(lane.rows))
         lowest_N = (best_N + distance_N).clamp_min(LOWEST)
         goes_on_N = lowest_N < limit_N
         if not goes_on_N.any():

@@ -13,7 +13,6 @@ from uld_kernels.lane import Lane
 from uld_kernels.logit_groups import Found
 from uld_kernels.lottery import Lot, draw, draw_few, draw_whole, is_long
 from uld_kernels.nucleus import nuclei, top_of, truncates
-from uld_kernels.segments import Segments
 
 
 def token_of_rows(lane: Lane) -> torch.Tensor:
@@ -49,7 +48,7 @@ def _drawn_cut(lane: Lane) -> torch.Tensor:
 
 
 def _truncated(lane: Lane, scores: Found, masses: Sequence[float] | None) -> tuple[Found, list[int]]:
-    segments = Segments.of(scores.row_C, len(lane.rows))
+    segments = scores.segments(len(lane.rows))
     keep_C, unsure = nuclei(segments, _log_weights(lane, scores), lane.rows, masses)
     return scores.where(keep_C), unsure
 
@@ -62,7 +61,7 @@ def _log_weights(lane: Lane, scores: Found) -> torch.Tensor:
 
 def _drawn(lane: Lane, scores: Found) -> torch.Tensor:
     """Short lists together; a long one as a whole row, where noise is asked for in few places."""
-    lengths = torch.bincount(scores.row_C, minlength=len(lane.rows)).tolist()
+    lengths = scores.segments(len(lane.rows)).length_N.tolist()
     is_apart = [is_long(size) and row.temperature > 0.0 for size, row in zip(lengths, lane.rows, strict=True)]
     if not any(is_apart):
         return draw_few(scores, lane.stream(), temperature_N1=lane.temperatures())

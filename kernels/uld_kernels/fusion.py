@@ -7,7 +7,7 @@ Legend: R rows of logits, W their width (>= V), V real vocabulary, K survivors o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, log, nan
 
@@ -16,14 +16,16 @@ import torch
 from uld_kernels import reference, rules
 from uld_kernels.logit_groups import Found, LogitGroups, containing_largest
 from uld_kernels.measure import measures_of_lists
-from uld_kernels.normalizers import log_sum_exp, log_sum_exps
+from uld_kernels.normalizers import log_sum_exp
 from uld_kernels.protection import protected
-from uld_kernels.rows import LateRows, SampleRow, Term
+from uld_kernels.rows import SampleRow, Term
 from uld_kernels.segments import true_indices
+from uld_kernels.streams import RowFailure, Streams, extremes, gather
 
 # So many of the target's best tokens tell how far down the others could matter.
 _NUM_TOP = 32
 _BOUND_SLACK = 1e-3
+_ONE_ASSISTANT = (rules.SUBTRACT, rules.RELU_DIFFERENCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,10 @@ class Fused:
         return float(self.scores_K[at].item()) if is_kept else -inf
 
 
-class RowFailure(Exception):
-    """A row that has no token to give; `status` says why. Ends that row only."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
-
-
 def fuse(streams: Streams, row: SampleRow, *, protected_ids: torch.Tensor, is_measured: bool = True) -> Fused:
     """Bans, pre-filter, combine, fused filter, protection. Raises RowFailure."""
     b_V = streams.read(row.row_b)
-    lowest, highest = _extremes(b_V)
+    lowest, highest = extremes(b_V)
     if not highest < inf:
         raise RowFailure(rules.NUMERICAL)
     if row.banned_ids is not None or row.allowed_mask is not None:
@@ -94,70 +88,6 @@ def fuse(streams: Streams, row: SampleRow, *, protected_ids: torch.Tensor, is_me
     if not is_measured:
         return Fused(ids_K, scores_K)
     return _measured(b_V, ids_K, scores_K, log_sum_exp(b_V) if target_lse is None else target_lse)
-
-
-def _extremes(values: torch.Tensor) -> tuple[float, float]:
-    # torch's aminmax takes fifteen times as long as the two apart.
-    return values.amin().item(), values.amax().item()
-
-
-def gather(values_V: torch.Tensor, ids_K: torch.Tensor) -> torch.Tensor:
-    """values_V[ids_K], without the copy where nothing was filtered."""
-    return values_V if ids_K.shape[0] == values_V.shape[0] else values_V[ids_K]
-
-
-class Streams:
-    """Reads rows of the logits as fp32 (fp64 stays fp64) without the padded head columns; late rows where asked."""
-
-    def __init__(self, logits_RV: torch.Tensor, vocab_size: int, late: LateRows | None = None) -> None:
-        self._logits_RV = logits_RV
-        self._vocab_size = vocab_size
-        self._late = late
-        self._normalizers: dict[int, float] = {}
-        self._dtype = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
-
-    def read(self, row: int) -> torch.Tensor:
-        num_rows = self._logits_RV.shape[0]
-        if row >= num_rows and self._late is not None:
-            every_id_V = torch.arange(self._vocab_size, device=self._logits_RV.device)
-            return self._late.scores(row - num_rows, every_id_V).to(self._dtype)
-        return self._logits_RV[row, : self._vocab_size].to(self._dtype)
-
-    def kept(self, row: int, ids_K: torch.Tensor) -> torch.Tensor:
-        """The logits of one assistant on the kept tokens, which must all be finite."""
-        num_rows = self._logits_RV.shape[0]
-        if row >= num_rows and self._late is not None:
-            stream_K = self._late.scores(row - num_rows, ids_K).to(self._dtype)
-        else:
-            stream_K = gather(self.read(row), ids_K)
-        if stream_K.shape[0] > 0 and not all(map(isfinite, _extremes(stream_K))):
-            raise RowFailure(rules.NUMERICAL)
-        return stream_K
-
-    def normalize(self, rows: Collection[int]) -> None:
-        """Computes what kept_log wants to know of some rows, at once. They are not late."""
-        groups = LogitGroups.of(self.rows(sorted(rows)))
-        is_finite = groups.max_NG.amax(-1).isfinite().tolist()
-        finite = [place for place, finite in enumerate(is_finite) if finite]
-        values = log_sum_exps(groups.select(finite)).tolist()
-        self._normalizers.update(zip((sorted(rows)[place] for place in finite), values, strict=True))
-
-    def rows(self, rows: Sequence[int]) -> torch.Tensor:
-        """(len(rows), V)."""
-        first, last = rows[0], rows[-1]
-        if list(rows) == list(range(first, last + 1)):
-            chosen_NW = self._logits_RV[first : last + 1]
-        else:
-            chosen_NW = self._logits_RV[torch.tensor(rows, device=self._logits_RV.device)]
-        return chosen_NW[:, : self._vocab_size].to(self._dtype)
-
-    def kept_log(self, row: int, ids_K: torch.Tensor) -> torch.Tensor:
-        """The same as log-softmax over the whole vocabulary."""
-        stream_K = self.kept(row, ids_K)
-        normalizer = self._normalizers[row] if row in self._normalizers else log_sum_exp(self.read(row))
-        if not isfinite(normalizer):
-            raise RowFailure(rules.NUMERICAL)
-        return stream_K - normalizer
 
 
 def _ban(b_V: torch.Tensor, row: SampleRow) -> torch.Tensor:
@@ -220,23 +150,26 @@ def combine(
     return reference.compose(b_K, penalties, mode=mode)
 
 
-def normalized_rows(rows: Sequence[SampleRow]) -> set[int]:
-    """Rows of logits whose normalisers the rules ask for."""
-    found = set()
+def whole_rows(rows: Sequence[SampleRow]) -> tuple[set[int], set[int]]:
+    """Rows of logits that combine_whole reads for some rows, and those whose normalisers it asks for."""
+    read: set[int] = set()
+    normalized: set[int] = set()
     for row in rows:
         terms = row.distinct_terms
-        found.update(t.row_a for t in terms if t.kind == rules.SUBTRACT and len(terms) > 1)
         for term in terms:
-            found.update((term.row_q, term.row_p) if term.kind == rules.PAIR_LINEAR else ())
-    return found
+            streams = {term.row_a} if term.kind in _ONE_ASSISTANT else {term.row_q, term.row_p}
+            read |= streams
+            if term.kind == rules.PAIR_LINEAR or (term.kind == rules.SUBTRACT and len(terms) > 1):
+                normalized |= streams
+    return read, normalized
 
 
 def combine_whole(streams: Streams, b_V: torch.Tensor, row: SampleRow) -> torch.Tensor:
     """combine() of all tokens of a target whose banned tokens are -inf, and stay so. Raises RowFailure."""
-    ids_K = _prefilter(b_V, (), has_holes=b_V.amin().item() == -inf)
+    if b_V.amin().item() > -inf:
+        return combine(streams, b_V, streams.every_id(), row.distinct_terms, row.compose)
+    ids_K = _prefilter(b_V, (), has_holes=True)
     scores_K = combine(streams, b_V, ids_K, row.distinct_terms, row.compose)
-    if ids_K.shape[0] == b_V.shape[0]:
-        return scores_K
     return torch.full_like(b_V, -inf).index_copy_(0, ids_K, scores_K)
 
 
@@ -270,7 +203,7 @@ def _rank_removed(streams: Streams, ids_K: torch.Tensor, term: Term) -> torch.Te
     streams.kept(term.row_p, ids_K)
     q_V, p_V = streams.read(term.row_q), streams.read(term.row_p)
     # NaN compares false: the k-th largest would remove nothing, so a NaN anywhere ends the row.
-    if (p_V - q_V).isnan().any().item():
+    if not (streams.is_finite(term.row_q) and streams.is_finite(term.row_p)) and (p_V - q_V).isnan().any():
         raise RowFailure(rules.NUMERICAL)
     return reference.pair_rank_removed(q_V, p_V, rank_k=term.rank_k)[ids_K]
 

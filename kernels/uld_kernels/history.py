@@ -33,7 +33,7 @@ def penalized(
     whatever the rule did to it: `anchor_N` moves the scores of rows that have it to the target's own log-normaliser
     (fp64; None where they are there).
     """
-    s_C, segments = found.value_C, Segments.of(found.row_C, len(rows))
+    s_C, segments = found.value_C, found.segments(len(rows))
     if any(map(_counts_history, rows)):
         prompt_C, output_C = _counts(found, segments, rows, vocab_size)
         if any(map(repeats, rows)):

@@ -8,7 +8,7 @@ Legend: R rows of scores, N of them looked at, V vocabulary, G groups, S ids of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 import numpy as np
@@ -33,6 +33,13 @@ class Found:
     row_C: torch.Tensor
     id_C: torch.Tensor
     value_C: torch.Tensor
+    _segments: dict[int, Segments] = field(default_factory=dict, compare=False)
+
+    def segments(self, num_rows: int) -> Segments:
+        """Where each row's tokens lie; worked out once."""
+        if num_rows not in self._segments:
+            self._segments[num_rows] = Segments.of(self.row_C, num_rows)
+        return self._segments[num_rows]
 
     def where(self, keep_C: torch.Tensor) -> Found:
         kept = true_indices(keep_C)
@@ -42,9 +49,14 @@ class Found:
             self.value_C.index_select(0, kept),
         )
 
+    def first_best(self, value_C: torch.Tensor, *, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each row the largest of some values of its tokens, NaN if there is one, and the index of its first; each
+        row has a token."""
+        return self.segments(num_rows).first_best(value_C)
+
     def valued(self, value_C: torch.Tensor) -> Found:
         """The same tokens with other values."""
-        return Found(self.row_C, self.id_C, value_C)
+        return Found(self.row_C, self.id_C, value_C, self._segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +202,3 @@ def merged(first: Found, second: Found) -> Found:
     order.index_copy_(0, true_indices(order < 0), torch.arange(num_first, device=key_C.device))
     pairs = (first.row_C, second.row_C), (first.id_C, second.id_C), (first.value_C, second.value_C)
     return Found(*(torch.cat(pair).index_select(0, order) for pair in pairs))
-
-
-def first_best(
-    value_C: torch.Tensor, row_C: torch.Tensor, *, num_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row the largest of its values and the index of its first; rows ascend, and each has a value. NaN counts
-    as the largest."""
-    if num_rows == 1:
-        best, at = value_C.max(0)
-        return best[None], at[None]
-    return Segments.of(row_C, num_rows).first_best(value_C)

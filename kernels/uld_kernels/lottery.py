@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from uld_kernels.logit_groups import Found, LogitGroups, first_best
+from uld_kernels.logit_groups import Found, LogitGroups
 from uld_kernels.noise import (
     GROUP_BITS,
     GROUP_SIZE,
@@ -84,7 +84,7 @@ def draw_whole(
         member=member_NG.flatten()[group_C],
     )
     value_C = found.value_C / temperature_N1[found.row_C, 0] + noise_C
-    return found.id_C[first_best(value_C, found.row_C, num_rows=len(token_N))[1]]
+    return found.id_C[found.first_best(value_C, num_rows=len(token_N))[1]]
 
 
 def draw_few(found: Found, stream: Stream, *, temperature_N1: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def draw_few(found: Found, stream: Stream, *, temperature_N1: torch.Tensor) -> t
     Raises RuntimeError if a row has none: its place must not go to a neighbour's token.
     """
     num_rows = temperature_N1.shape[0]
-    smallest, largest = torch.bincount(found.row_C, minlength=num_rows).aminmax()
+    smallest, largest = found.segments(num_rows).length_N.aminmax()
     if smallest < 1:
         raise RuntimeError("a row has no token to draw from")
     if largest == 1:
@@ -104,7 +104,7 @@ def draw_few(found: Found, stream: Stream, *, temperature_N1: torch.Tensor) -> t
         noise_C = gumbel_noise(found.id_C, stream.rows(found.row_C))
         noisy_C = value_C / temperature_N1[found.row_C, 0] + noise_C
         value_C = torch.where(is_greedy_N[found.row_C], value_C, noisy_C) if is_greedy_N.any() else noisy_C
-    return found.id_C[first_best(value_C, found.row_C, num_rows=num_rows)[1]]
+    return found.id_C[found.first_best(value_C, num_rows=num_rows)[1]]
 
 
 def is_long(num_tokens: int) -> bool:

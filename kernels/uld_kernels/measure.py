@@ -11,7 +11,7 @@ from math import inf
 import torch
 
 from uld_kernels.logit_groups import LOWEST, Found, LogitGroups
-from uld_kernels.segments import Segments, descending
+from uld_kernels.segments import descending
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def measures_of_lists(
     kept: Found, target_C: torch.Tensor, target_lse_N: torch.Tensor, target_best_id_N: torch.Tensor
 ) -> Measures:
     """Of what rules left of each row; `target_C` are the target's scores there. No row is empty."""
-    segments = Segments.of(kept.row_C, target_lse_N.shape[0])
+    segments = kept.segments(target_lse_N.shape[0])
     lse_N = segments.log_sum_exps(kept.value_C)
     logprob_C = kept.value_C.double() - segments.spread(lse_N)
     gain_C = logprob_C - (target_C.double() - segments.spread(target_lse_N))
@@ -48,11 +48,17 @@ def measures_of_lists(
 
 def measures_of_rows(groups: LogitGroups, lse_N: torch.Tensor) -> Measures:
     """Of targets that no rule changed."""
-    num_kept = [int((groups.row(n) >= LOWEST).sum().item()) for n in range(lse_N.shape[0])]
-    num_kept_N = torch.tensor(num_kept, device=lse_N.device)
+    num_kept_N = torch.tensor([_num_kept(groups.row(n)) for n in range(len(lse_N))], device=lse_N.device)
     return Measures(
         lse_N, num_kept_N, torch.zeros_like(lse_N), torch.zeros_like(num_kept_N, dtype=torch.bool)
     )
+
+
+def _num_kept(score_V: torch.Tensor) -> int:
+    # Nearly always all; to count takes ten times as long.
+    if score_V.amin() >= LOWEST:
+        return score_V.shape[0]
+    return int((score_V >= LOWEST).sum().item())
 
 
 def listing_of_rows(groups: LogitGroups, num_listed: int) -> Listing:
@@ -62,7 +68,7 @@ def listing_of_rows(groups: LogitGroups, num_listed: int) -> Listing:
 
 def listing(found: Found, num_listed: int, *, num_rows: int) -> Listing:
     """Ties by lowest id. No row is empty."""
-    segments = Segments.of(found.row_C, num_rows)
+    segments = found.segments(num_rows)
     score_NK = segments.padded(found.value_C, fill=-inf)
     order_NT = descending(score_NK)[:, :num_listed]
     score_NT = score_NK.gather(1, order_NT)
@@ -73,7 +79,7 @@ def listing(found: Found, num_listed: int, *, num_rows: int) -> Listing:
 
 def scores_of(found: Found, token_N: torch.Tensor) -> torch.Tensor:
     """(N,): the score of one token a row; -inf where it is not among those found."""
-    segments = Segments.of(found.row_C, token_N.shape[0])
+    segments = found.segments(token_N.shape[0])
     return segments.maxima(found.value_C.where(found.id_C == segments.spread(token_N), -inf))
 
 

@@ -79,7 +79,7 @@ def top_of(
     while True:
         limit_N = _limits(groups, rows, best_N, depths)
         found = groups.at_least(limit_N[:, None])
-        segments = Segments.of(found.row_C, len(rows))
+        segments = found.segments(len(rows))
         z_C = found.value_C.double() / segments.spread(temperature_N)
         reached_N = segments.sums((z_C - segments.spread(lse)).exp_())
         is_short = ((reached_N <= wanted_N) & (limit_N > LOWEST)).tolist()

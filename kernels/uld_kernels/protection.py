@@ -10,7 +10,7 @@ import torch
 from uld_kernels import reference
 from uld_kernels.logit_groups import LOWEST, Found, LogitGroups, merged
 from uld_kernels.normalizers import log_sum_exps
-from uld_kernels.segments import Segments, true_indices
+from uld_kernels.segments import true_indices
 
 
 def protected(kept: Found, groups: LogitGroups, ids_P: torch.Tensor) -> tuple[Found, torch.Tensor]:
@@ -19,7 +19,7 @@ def protected(kept: Found, groups: LogitGroups, ids_P: torch.Tensor) -> tuple[Fo
     num_rows = groups.row_N.shape[0]
     is_protected_V = torch.zeros(groups.size, dtype=torch.bool, device=ids_P.device)
     others = kept.where(~is_protected_V.index_fill_(0, ids_P, True).index_select(0, kept.id_C))
-    segments = Segments.of(others.row_C, num_rows)
+    segments = others.segments(num_rows)
     lse_b_N = log_sum_exps(groups, without=ids_P)
     shift_N = reference.protection_shift(lse_b_N, segments.log_sum_exps(others.value_C))
     moved = others.valued(others.value_C + segments.spread(shift_N.to(others.value_C.dtype)))
@@ -29,5 +29,5 @@ def protected(kept: Found, groups: LogitGroups, ids_P: torch.Tensor) -> tuple[Fo
     row_C = own // ids_P.shape[0]
     id_C = ids_P.index_select(0, own - row_C * ids_P.shape[0])
     added = Found(row_C, id_C, own_NP.flatten().index_select(0, own))
-    lse_own_N = Segments.of(row_C, num_rows).log_sum_exps(added.value_C)
+    lse_own_N = added.segments(num_rows).log_sum_exps(added.value_C)
     return merged(moved, added), torch.logaddexp(lse_b_N, lse_own_N)

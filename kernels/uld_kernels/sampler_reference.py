@@ -15,12 +15,13 @@ import torch
 from uld_kernels import rules
 from uld_kernels.batch_sampler import Batch, sample_batch, score_batch
 from uld_kernels.columns import Columns
-from uld_kernels.fusion import Fused, RowFailure, Streams, fuse
+from uld_kernels.fusion import Fused, fuse
 from uld_kernels.history import penalized, repeats
 from uld_kernels.lottery import Lot, draw
 from uld_kernels.measure import Measures, listing
 from uld_kernels.nucleus import nucleus_indices
 from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput
+from uld_kernels.streams import RowFailure, Streams
 from uld_kernels.ways import is_measured
 
 

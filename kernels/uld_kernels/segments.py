@@ -26,6 +26,9 @@ class Segments:
 
     @classmethod
     def of(cls, row_C: torch.Tensor, num_rows: int) -> Segments:
+        if num_rows == 1:
+            start_N = torch.zeros(1, dtype=torch.int64, device=row_C.device)
+            return cls(row_C, torch.full_like(start_N, row_C.shape[0]), start_N)
         length_N = torch.bincount(row_C, minlength=num_rows)
         return cls(row_C, length_N, length_N.cumsum(0) - length_N)
 
@@ -67,7 +70,7 @@ class Segments:
     def first_best(self, value_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each row the largest value, NaN if there is one, and the index of its first; no row is empty."""
         best_N, at_N = self.padded(value_C, fill=-inf).max(-1)
-        return best_N, self.start_N + at_N
+        return best_N, at_N.add_(self.start_N)
 
 
 def descending(value_NK: torch.Tensor) -> torch.Tensor:
