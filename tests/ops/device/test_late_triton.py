@@ -72,6 +72,15 @@ def test_listed_logits_equal_those_of_the_whole_head_in_fp64(
             assert (ours[length:] == UNTOUCHED).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_scores_are_the_whole_head_in_fp32(dtype: torch.dtype) -> None:
+    late = late_rows(300, dtype, has_bias=True)
+    exact_AW = late.hidden_AD.double() @ late.weight_WD.double().T + late.bias_W.double()
+    whole_AW = late.all_scores()
+    assert whole_AW.dtype == torch.float32
+    torch.testing.assert_close(whole_AW.double(), exact_AW, rtol=1e-5, atol=1e-4)
+
+
 def test_a_row_that_is_not_late_and_what_lies_past_a_list_are_left_alone() -> None:
     late = late_rows(24, torch.float32)
     ids_BC, counts_B = lists([5, 40])
