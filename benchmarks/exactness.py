@@ -94,7 +94,7 @@ def exact_scores(rule: Rule, streams_SCV: torch.Tensor, min_keep: int) -> tuple[
         s_CV = reference.subtract(b_CV, streams_SCV[1], strength=STRENGTH)
         threshold_C1 = reference.plausibility_threshold(b_CV, tau=TAU, min_keep=min_keep)
         keep_CV = reference.plausibility_keep(b_CV, tau=TAU, min_keep=min_keep)
-        return s_CV.masked_fill(~keep_CV, -inf), _second_nearest(b_CV - threshold_C1)
+        return s_CV.masked_fill(~keep_CV, -inf), _nearest_other(b_CV - threshold_C1)
     if rule == "relu_difference":
         s_CV = reference.relu_difference(b_CV, streams_SCV[1], strength=STRENGTH)
     else:
@@ -105,9 +105,11 @@ def exact_scores(rule: Rule, streams_SCV: torch.Tensor, min_keep: int) -> tuple[
     return s_CV.masked_fill(~reference.fused_keep(s_CV, tau=FUSED_TAU), -inf), margin_C
 
 
-def _second_nearest(distance_CV: torch.Tensor) -> torch.Tensor:
-    """The min_keep-th token lies on the threshold and stays for certain; the next one could be taken for it."""
-    return distance_CV.abs().topk(2, dim=-1, largest=False).values[:, 1]
+def _nearest_other(distance_CV: torch.Tensor) -> torch.Tensor:
+    """How near a token comes to the threshold. The min_keep-th token may be the threshold itself and stays for certain;
+    then it is the next one that could be taken for it."""
+    nearest_C2 = distance_CV.abs().topk(2, dim=-1, largest=False).values
+    return torch.where(nearest_C2[:, 0] == 0.0, nearest_C2[:, 1], nearest_C2[:, 0])
 
 
 def _are_others(top_ids_CN: torch.Tensor, num_kept_C: torch.Tensor, s_CV: torch.Tensor) -> torch.Tensor:

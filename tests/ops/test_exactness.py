@@ -4,6 +4,7 @@ vocabulary here, and 10,000 rows of the embedded model over real text in `make t
 from __future__ import annotations
 
 import sys
+from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,23 @@ def test_no_token_and_no_survivor_differs_from_fp64(rule: Rule) -> None:
     assert (found.wrong_tokens, found.wrong_survivors) == (0, 0)
     assert found.ok
     assert found.rows == 2000
+
+
+@pytest.mark.parametrize(
+    ("fourth", "min_keep", "margin"),
+    [
+        (2.0, 3, 2.0 - (5.0 + log(bench.TAU))),
+        (5.0 + log(bench.TAU) + 1e-5, 3, 1e-5),
+        (2.0, 5, 11.0),
+    ],
+)
+def test_rows_are_left_out_by_what_comes_near_the_threshold_and_is_not_it(
+    fourth: float, min_keep: int, margin: float
+) -> None:
+    """Near tau of the best; nearer; and where the last of the best is the threshold itself, the one before it."""
+    b_V = torch.tensor([5.0, 4.0, 3.0, fourth, -9.0], dtype=torch.float64)
+    _, margin_C = bench.exact_scores("subtract", torch.stack([b_V, b_V])[:, None], min_keep)
+    assert margin_C.item() == pytest.approx(margin)
 
 
 def test_head_logits_rounded_to_bf16_would_be_found() -> None:
