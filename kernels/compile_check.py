@@ -23,13 +23,14 @@ from triton.compiler import ASTSource
 from uld_kernels import (
     attention_triton,
     finish_triton,
+    late_triton,
     layer_triton,
     lora_triton,
     prefill_triton,
     rank_triton,
     scan_triton,
 )
-from uld_kernels.sampler_triton import FINISH_WARPS, LIST_BLOCK, SCAN_BLOCK, SCAN_WARPS, SELECT_BLOCK
+from uld_kernels.sampler_triton import CHUNK, FINISH_WARPS, LIST_BLOCK, SCAN_BLOCK, SCAN_WARPS, SELECT_BLOCK
 
 TARGETS = (80, 90)
 TYPES = ("fp32", "bf16", "fp16")
@@ -44,6 +45,8 @@ TYPED_POINTERS = (
     "cos_ptr",
     "sin_ptr",
     "gate_up_ptr",
+    "hidden_ptr",
+    "weight_ptr",
     "x_ptr",
     "y_ptr",
     "A_ptr",
@@ -52,6 +55,9 @@ TYPED_POINTERS = (
     "B_2_ptr",
 )
 POINTER_TYPES = {
+    "ids_ptr": "i32",
+    "counts_ptr": "i32",
+    "index_ptr": "i32",
     "ints_ptr": "i32",
     "terms_ptr": "i32",
     "entries_ptr": "i32",
@@ -246,12 +252,13 @@ def sampler_variants() -> Iterator[Variant]:
         yield Variant(
             scan_triton._scan_kernel, {"MAX_TERMS": max_terms, "BLOCK": SCAN_BLOCK}, num_warps=SCAN_WARPS
         )
+    yield Variant(scan_triton._touch_kernel, {"BLOCK": SCAN_BLOCK}, num_warps=SCAN_WARPS)
     yield Variant(scan_triton._normalizer_tile_kernel, {"BLOCK": SCAN_BLOCK}, num_warps=SCAN_WARPS)
     yield Variant(rank_triton._rank_tile_kernel, {"BLOCK": SCAN_BLOCK}, num_warps=SCAN_WARPS)
     for vocab_size in (49152, 128256, 151936):
         tiles = triton.next_power_of_2(triton.cdiv(vocab_size, SCAN_BLOCK))
         groups = triton.next_power_of_2(triton.cdiv(vocab_size, 16))
-        lists = {"TILES": tiles, "GROUPS": groups, "BLOCK": SELECT_BLOCK, "LIST": LIST_BLOCK}
+        lists = {"TILES": tiles, "GROUPS": groups, "BLOCK": SELECT_BLOCK, "CHUNK": CHUNK, "LIST": LIST_BLOCK}
         yield Variant(scan_triton._normalizer_kernel, {"TILES": tiles}, num_warps=1)
         yield Variant(rank_triton._rank_kernel, lists, num_warps=FINISH_WARPS)
         for max_terms in (1, 4):
@@ -259,8 +266,26 @@ def sampler_variants() -> Iterator[Variant]:
             yield Variant(finish_triton._finish_kernel, shape, num_warps=FINISH_WARPS)
 
 
+def late_variants() -> Iterator[Variant]:
+    """One assistant a row without a bias, and two with."""
+    for num_roles, has_bias in ((1, 0), (2, 1)):
+        yield Variant(
+            late_triton._late_kernel,
+            {
+                "NUM_ROLES": num_roles,
+                "HAS_BIAS": has_bias,
+                "BLOCK_C": late_triton.BLOCK_C,
+                "BLOCK_D": late_triton.BLOCK_D,
+            },
+            num_warps=late_triton.NUM_WARPS,
+            num_stages=late_triton.NUM_STAGES,
+            is_fused=True,
+        )
+
+
 VARIANTS = (
     *sampler_variants(),
+    *late_variants(),
     *attention_variants(),
     *prefill_variants(),
     *layer_variants(),

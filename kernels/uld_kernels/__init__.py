@@ -5,7 +5,8 @@
 from uld_kernels import rules
 from uld_kernels.ops import fused_sample, fused_score
 from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput, Term
-from uld_kernels.static_sampler import SampleShape, StaticSampler
+from uld_kernels.sample_shape import SampleShape
+from uld_kernels.static_sampler import StaticSampler
 
 __all__ = [
     "LateRows",

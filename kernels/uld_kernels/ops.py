@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from uld_kernels import sampler_reference
+from uld_kernels import sampler_reference, trial
 from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput
 
 
@@ -51,7 +51,8 @@ def fused_sample(
     tensor([1])
     """
     _check(logits_RV, rows, vocab_size, late)
-    if _runs_on_triton(logits_RV):
+    if _runs_on_triton(logits_RV, vocab_size):
+        # Imported where used: triton is not there on every machine that serves from the CPU.
         from uld_kernels import sampler_triton
 
         whole = _with_late(logits_RV, late)
@@ -78,7 +79,7 @@ def fused_score(
     _check(logits_RV, rows, vocab_size, late)
     if target_ids_B.shape != (len(rows),):
         raise ValueError(f"one target id a row: {len(rows)} rows, target_ids_B {tuple(target_ids_B.shape)}")
-    if _runs_on_triton(logits_RV):
+    if _runs_on_triton(logits_RV, vocab_size):
         from uld_kernels import sampler_triton
 
         return sampler_triton.score(
@@ -93,14 +94,22 @@ def fused_score(
     )
 
 
-# The Triton sampler equals the torch one in the interpreter and lowers for sm_80 and sm_90, but no device has run
-# `make gpu-test` yet. Until one has, CUDA serves with the torch sampler: a wrong kernel could fail open.
-IS_TRITON_PROVEN = False
+def prove(device: torch.device, vocab_size: int, *, dtype: torch.dtype = torch.float32) -> bool:
+    """Tries the Triton kernels on a device against the torch sampler; whether fused_sample will use them there.
+
+    The first call for a device, vocabulary and type takes seconds, so an engine makes it before serving. Without it
+    the first fused_sample does. False on CPU, and where the kernels differ or do not run (logged as a warning).
+    """
+    return (
+        device.type == "cuda"
+        and dtype != torch.float64
+        and trial.verdict(device, vocab_size, dtype).is_proven
+    )
 
 
-def _runs_on_triton(logits_RV: torch.Tensor) -> bool:
-    # Imported where used: triton is not there on every machine that serves from the CPU. fp64 is for oracles.
-    return IS_TRITON_PROVEN and logits_RV.is_cuda and logits_RV.dtype != torch.float64
+def _runs_on_triton(logits_RV: torch.Tensor, vocab_size: int) -> bool:
+    # fp64 is for oracles.
+    return prove(logits_RV.device, vocab_size, dtype=logits_RV.dtype)
 
 
 def _with_late(logits_RV: torch.Tensor, late: LateRows | None) -> torch.Tensor:

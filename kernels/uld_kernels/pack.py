@@ -1,45 +1,65 @@
-"""Turns SampleRows into the parameter tables that the Triton sampler reads. Called by sampler_triton once a batch.
+"""Writes SampleRows as the records that the Triton sampler reads. Called by sampler_triton once a fill.
 
 Decides per row, on the host, how its candidates are found (see kernels/README.md); launches nothing.
 
-Legend: B rows to draw, M terms of the row with the most, V real vocabulary, H rows with history, bans or bias."""
+Legend: B rows to draw, M terms of a row at most, E entries of bans, histories and biases."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import floor, inf, log
+from struct import Struct
+from typing import Final
 
 import torch
 
 from uld_kernels import rules
 from uld_kernels.rows import SampleRow, Term
+from uld_kernels.sample_shape import SampleShape, has_history, is_special, needs_normalizer
 
 # Row classes: where the values that candidates are selected by come from.
-FILTERED_BY_TARGET = 0
-FILTERED_BY_SCORE = 1
-UNFILTERED = 2
+FILTERED_BY_TARGET: Final = 0
+FILTERED_BY_SCORE: Final = 1
+UNFILTERED: Final = 2
 
-# Columns of the tables. The kernels load them by these numbers.
-INT_COLUMNS = (
+# How an unfiltered row lists candidates.
+LIST_ALL: Final = 0
+LIST_BEST: Final = 1
+LIST_NUCLEUS: Final = 2
+LIST_LUCKY: Final = 3
+
+# What an entry does to its token; the upper bits of its word.
+IN_PROMPT: Final = 0
+PUT_OUT: Final = 1
+BANNED: Final = 2
+BIASED: Final = 3
+ENTRY_BITS: Final = 28
+
+# Words of a record. The kernels load them by these numbers.
+INT_COLUMNS: Final = (
     "row_b",
     "num_terms",
     "add_penalties",
     "row_class",
     "protect",
-    "ban_row",
-    "history_row",
-    "bias_row",
+    "touch_row",
+    "first_entry",
+    "num_entries",
+    "mask_row",
+    "has_penalties",
+    "scan_penalizes",
     "top_k",
     "num_logprobs",
     "seed_low",
     "seed_high",
     "position",
+    "list_mode",
     "list_best",
-    "list_nucleus",
     "target_id",
+    "unused",
 )
-FLOAT_COLUMNS = (
+FLOAT_COLUMNS: Final = (
     "temperature",
     "top_p",
     "log_min_p",
@@ -49,136 +69,163 @@ FLOAT_COLUMNS = (
     "log_fused_tau",
     "list_log_ratio",
 )
-TERM_INT_COLUMNS = ("kind", "row_1", "row_2", "needs_normalizer", "rank_k", "filter_keep")
-TERM_FLOAT_COLUMNS = ("strength", "log_filter_tau")
+TERM_INT_COLUMNS: Final = ("kind", "row_1", "row_2", "needs_normalizer", "rank_k", "filter_keep")
+TERM_FLOAT_COLUMNS: Final = ("strength", "log_filter_tau")
+# One line of the cache a row.
+ROW_WORDS: Final = 32
+TERM_WORDS: Final = len(TERM_INT_COLUMNS) + len(TERM_FLOAT_COLUMNS)
+_ROW: Final = Struct(f"<{len(INT_COLUMNS)}i{len(FLOAT_COLUMNS)}f")
+_TERM: Final = Struct(f"<{len(TERM_INT_COLUMNS)}i{len(TERM_FLOAT_COLUMNS)}f")
+_INT: Final = Struct("<i")
+_MASK_ROW: Final = INT_COLUMNS.index("mask_row")
+NOBODY: Final = -1
+"""row_b of a record that no kernel looks at twice."""
 
 # Lists of unfiltered rows: so many best tokens are listed at most before a row falls back to listing everything.
-_MAX_LISTED_TOP_K = 1024
-_LISTED_FOR_TOP_P = 512
+_MAX_LISTED_TOP_K: Final = 1024
+_LISTED_FOR_TOP_P: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """Parameters of B rows on the device, and what the launcher must know of them on the host."""
+class Layout:
+    """Where the tables of one shape lie in their common block of 32-bit words."""
 
-    ints: torch.Tensor
-    """int32 (B, len(INT_COLUMNS))."""
-    floats: torch.Tensor
-    """fp32 (B, len(FLOAT_COLUMNS))."""
-    term_ints: torch.Tensor
-    """int32 (B, M, len(TERM_INT_COLUMNS))."""
-    term_floats: torch.Tensor
-    """fp32 (B, M, len(TERM_FLOAT_COLUMNS))."""
-    allowed_HV: torch.Tensor
-    """int8: 0 where banned."""
-    history_HV: torch.Tensor
-    """int32: 2 * times put out + (1 if in the prompt)."""
-    bias_HV: torch.Tensor
-    """fp32."""
+    num_rows: int
     max_terms: int
-    max_logprobs: int
-    needs_normalizers: bool
-    needs_ranks: bool
-    digests: list[tuple[int, ...]]
+    num_entries: int
+
+    @classmethod
+    def of(cls, shape: SampleShape) -> Layout:
+        return cls(shape.num_rows, max(1, shape.max_terms), shape.num_touched)
+
+    @property
+    def terms_at(self) -> int:
+        return self.num_rows * ROW_WORDS
+
+    @property
+    def entries_at(self) -> int:
+        return self.terms_at + self.num_rows * self.max_terms * TERM_WORDS
+
+    @property
+    def num_words(self) -> int:
+        """Each entry takes two words: what it does and to which token; and a bias."""
+        return self.entries_at + 2 * max(1, self.num_entries)
+
+
+@dataclass(slots=True)
+class Filled:
+    """What a fill has written, and what is left to copy by whoever knows the device."""
+
+    num_words: int = 0
+    """From the start of the block on."""
+    late_entries: list[tuple[int, int, torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
+    """(first entry, what it does, ids, biases) that lie on a device already."""
+    masks: list[torch.Tensor] = field(default_factory=list)
+    digests: list[tuple[int, ...]] = field(default_factory=list)
 
 
 def pack(
+    words: torch.Tensor,
     rows: Sequence[SampleRow],
     *,
+    layout: Layout,
     vocab_size: int,
-    device: torch.device,
     target_ids: Sequence[int] | None = None,
-) -> Packed:
-    """Host work only, then one copy to the device a table, without waiting for it.
+) -> Filled:
+    """Writes `rows` into `words` (int32, on the host, layout.num_words) and the records of nobody behind them.
 
-    With target_ids the rows are to be scored, not drawn: sampling parameters are left out and every kept token is
-    listed, because ranks count them all.
+    With target_ids the rows are to be scored, not drawn: sampling parameters are left out.
     """
-    dense = _DenseTables(vocab_size, device)
-    terms = [row.distinct_terms for row in rows]
-    max_terms = max(1, max((len(group) for group in terms), default=1))
-    ints, floats, term_ints, term_floats = [], [], [], []
-    for index, (row, group) in enumerate(zip(rows, terms, strict=True)):
-        target_id = None if target_ids is None else target_ids[index]
-        row_ints, row_floats = _row_columns(row, group, dense, target_id=target_id)
-        ints.append([row_ints[name] for name in INT_COLUMNS])
-        floats.append([row_floats[name] for name in FLOAT_COLUMNS])
-        columns = [_term_columns(term, len(group), vocab_size) for term in group]
-        padding = max_terms - len(group)
-        term_ints.append([c[0] for c in columns] + [[0] * len(TERM_INT_COLUMNS)] * padding)
-        term_floats.append([c[1] for c in columns] + [[0.0] * len(TERM_FLOAT_COLUMNS)] * padding)
-    return Packed(
-        ints=_to_device(torch.tensor(ints, dtype=torch.int32), device),
-        floats=_to_device(torch.tensor(floats, dtype=torch.float32), device),
-        term_ints=_to_device(torch.tensor(term_ints, dtype=torch.int32), device),
-        term_floats=_to_device(torch.tensor(term_floats, dtype=torch.float32), device),
-        allowed_HV=dense.stacked(dense.allowed, torch.int8),
-        history_HV=dense.stacked(dense.history, torch.int32),
-        bias_HV=dense.stacked(dense.bias, torch.float32),
-        max_terms=max_terms,
-        max_logprobs=max((row.num_logprobs for row in rows), default=0),
-        needs_normalizers=any(_needs_normalizer(term, len(group)) for group in terms for term in group),
-        needs_ranks=any(term.kind == rules.PAIR_RANK for group in terms for term in group),
-        digests=[tuple(term.digest for term in group) for group in terms],
-    )
+    filled = Filled()
+    entries = _Entries(words[layout.entries_at :].view(-1, 2), filled)
+    memory = words.numpy().data.cast("B")
+    for index, row in enumerate(rows):
+        terms = row.distinct_terms
+        filled.digests.append(tuple(term.digest for term in terms))
+        target_id = -1 if target_ids is None else target_ids[index]
+        touched = entries.add(row, is_drawn=target_id < 0)
+        mask_row = _add_mask(filled, row)
+        columns = _row_columns(row, terms, touched, vocab_size=vocab_size, target_id=target_id)
+        _ROW.pack_into(memory, 4 * ROW_WORDS * index, *columns)
+        _INT.pack_into(memory, 4 * (ROW_WORDS * index + _MASK_ROW), mask_row)
+        at = 4 * (layout.terms_at + index * layout.max_terms * TERM_WORDS)
+        for term in terms:
+            _TERM.pack_into(memory, at, *_term_columns(term, len(terms), vocab_size))
+            at += 4 * TERM_WORDS
+        end = 4 * (layout.terms_at + (index + 1) * layout.max_terms * TERM_WORDS)
+        memory[at:end] = bytes(end - at)
+    first_free = 4 * (layout.terms_at + len(rows) * layout.max_terms * TERM_WORDS)
+    memory[first_free : 4 * layout.entries_at] = bytes(4 * layout.entries_at - first_free)
+    for index in range(len(rows), layout.num_rows):
+        _INT.pack_into(memory, 4 * ROW_WORDS * index, NOBODY)
+    filled.num_words = layout.entries_at + 2 * entries.num_used
+    return filled
 
 
 def _row_columns(
-    row: SampleRow, terms: tuple[Term, ...], dense: _DenseTables, *, target_id: int | None
-) -> tuple[dict[str, int], dict[str, float]]:
-    is_drawn = target_id is None
-    fused_tau = max((term.tau for term in terms if term.filter_mode == rules.FUSED), default=0.0)
-    history_row = dense.add_history(row) if is_drawn else -1
-    bias_row = dense.add_bias(row) if is_drawn else -1
+    row: SampleRow,
+    terms: tuple[Term, ...],
+    touched: tuple[int, int, int],
+    *,
+    vocab_size: int,
+    target_id: int,
+) -> tuple[int | float, ...]:
+    """A record in the order of its columns; the mask's row is filled in by pack."""
     protect = any(term.protect for term in terms)
-    ints = {
-        "row_b": row.row_b,
-        "num_terms": len(terms),
-        "add_penalties": int(len(terms) == 1 or row.compose == rules.COMPOSE_SUM),
-        "row_class": _row_class(terms, dense.vocab_size),
-        "protect": int(protect),
-        "ban_row": dense.add_bans(row),
-        "history_row": history_row,
-        "bias_row": bias_row,
-        "top_k": row.top_k if is_drawn else 0,
-        "num_logprobs": row.num_logprobs,
-        "seed_low": _as_int32(row.seed),
-        "seed_high": _as_int32(row.seed >> 32),
-        "position": _as_int32(row.position),
-        "list_best": 0,
-        "list_nucleus": 0,
-        "target_id": -1 if target_id is None else target_id,
-    }
-    floats = {
-        "temperature": row.temperature,
-        "top_p": row.top_p,
-        "log_min_p": log(row.min_p) if row.min_p > 0.0 else -inf,
-        "repetition_penalty": row.repetition_penalty,
-        "presence_penalty": row.presence_penalty,
-        "frequency_penalty": row.frequency_penalty,
-        "log_fused_tau": log(fused_tau) if fused_tau > 0.0 else -inf,
-        "list_log_ratio": 0.0,
-    }
-    if is_drawn and not protect and history_row < 0 and bias_row < 0:
-        _plan_list(row, ints, floats)
-    return ints, floats
+    row_class = _row_class(terms, vocab_size)
+    has_penalties = target_id < 0 and (row.logit_bias is not None or has_history(row))
+    # The scan cannot know what the repetition penalty is anchored to, but without terms it is anchored to 0.
+    can_scan = has_penalties and (row.repetition_penalty == 1.0 or not terms) and row.num_logprobs == 0
+    list_mode, list_best, list_log_ratio = LIST_ALL, 0, 0.0
+    if row_class == UNFILTERED and not protect and (can_scan or not has_penalties):
+        list_mode, list_best, list_log_ratio = _plan_list(row, is_drawn=target_id < 0)
+    fused_tau = max((term.tau for term in terms if term.filter_mode == rules.FUSED), default=0.0)
+    return (
+        row.row_b,
+        len(terms),
+        int(len(terms) == 1 or row.compose == rules.COMPOSE_SUM),
+        row_class,
+        int(protect),
+        *touched,
+        -1,
+        int(has_penalties),
+        int(list_mode != LIST_ALL and has_penalties),
+        row.top_k if target_id < 0 else 0,
+        row.num_logprobs,
+        _as_int32(row.seed),
+        _as_int32(row.seed >> 32),
+        _as_int32(row.position),
+        list_mode,
+        list_best,
+        target_id,
+        0,
+        row.temperature,
+        row.top_p,
+        log(row.min_p) if row.min_p > 0.0 else -inf,
+        row.repetition_penalty,
+        row.presence_penalty,
+        row.frequency_penalty,
+        log(fused_tau) if fused_tau > 0.0 else -inf,
+        list_log_ratio,
+    )
 
 
-def _plan_list(row: SampleRow, ints: dict[str, int], floats: dict[str, float]) -> None:
-    """How an unfiltered row lists few candidates: its best `list_best` and all within `list_log_ratio` of the best.
+def _plan_list(row: SampleRow, *, is_drawn: bool) -> tuple[int, int, float]:
+    """How an unfiltered row lists few candidates: (mode, how many best tokens, how far below the best).
 
-    Left at 0 and 0, everything is listed: a free draw needs every token.
+    LIST_LUCKY lists what noise could lift to the top; LIST_NUCLEUS the best and everything if these are too few.
     """
-    if row.temperature == 0.0:
-        ints["list_best"] = max(1, row.num_logprobs)
-    elif 0 < row.top_k <= _MAX_LISTED_TOP_K:
-        ints["list_best"] = max(row.top_k, row.num_logprobs)
-    elif row.min_p > 0.0 and row.top_p == 1.0:
-        ints["list_best"] = max(1, row.num_logprobs)
-        floats["list_log_ratio"] = row.temperature * log(row.min_p)
-    elif row.top_p < 1.0 and row.top_k == 0:
-        ints["list_best"] = max(_LISTED_FOR_TOP_P, row.num_logprobs)
-        ints["list_nucleus"] = 1
+    num_best = max(1, row.num_logprobs)
+    if row.temperature == 0.0 or not is_drawn:
+        return LIST_BEST, num_best, 0.0
+    if 0 < row.top_k <= _MAX_LISTED_TOP_K:
+        return LIST_BEST, max(row.top_k, row.num_logprobs), 0.0
+    if row.top_k > 0:
+        return LIST_ALL, 0, 0.0
+    if row.top_p < 1.0:
+        return LIST_NUCLEUS, max(_LISTED_FOR_TOP_P, row.num_logprobs), 0.0
+    log_ratio = row.temperature * log(row.min_p) if row.min_p > 0.0 else -inf
+    return LIST_LUCKY, row.num_logprobs, log_ratio
 
 
 def _row_class(terms: tuple[Term, ...], vocab_size: int) -> int:
@@ -197,78 +244,71 @@ def _filter_keep(term: Term, vocab_size: int) -> int:
     return floor(term.tau * vocab_size) if term.filter_mode == rules.OFFICIAL else 0
 
 
-def _needs_normalizer(term: Term, num_terms: int) -> bool:
-    """A single rule may leave out the constants that normalisers add to all its scores."""
-    return num_terms > 1 and term.kind in (rules.SUBTRACT, rules.PAIR_LINEAR)
-
-
-def _term_columns(term: Term, num_terms: int, vocab_size: int) -> tuple[list[int], list[float]]:
+def _term_columns(term: Term, num_terms: int, vocab_size: int) -> tuple[int | float, ...]:
+    """A term's record in the order of its columns."""
     is_pair = term.kind in (rules.PAIR_LINEAR, rules.PAIR_RANK)
-    ints = {
-        "kind": term.kind,
-        "row_1": term.row_q if is_pair else term.row_a,
-        "row_2": term.row_p if is_pair else -1,
-        "needs_normalizer": int(_needs_normalizer(term, num_terms)),
-        "rank_k": min(term.rank_k, vocab_size) if term.kind == rules.PAIR_RANK else 0,
-        "filter_keep": _filter_keep(term, vocab_size),
-    }
-    floats = {"strength": term.strength, "log_filter_tau": log(term.tau) if term.tau > 0.0 else -inf}
-    return [ints[name] for name in TERM_INT_COLUMNS], [floats[name] for name in TERM_FLOAT_COLUMNS]
+    return (
+        term.kind,
+        term.row_q if is_pair else term.row_a,
+        term.row_p if is_pair else -1,
+        int(needs_normalizer(term, num_terms)),
+        min(term.rank_k, vocab_size) if term.kind == rules.PAIR_RANK else 0,
+        _filter_keep(term, vocab_size),
+        term.strength,
+        log(term.tau) if term.tau > 0.0 else -inf,
+    )
 
 
-class _DenseTables:
-    """Vocabulary-wide tables of the rows that have bans, history penalties or a bias; most rows have none."""
+class _Entries:
+    """Bans, histories and biases of all rows, one behind the other; most rows have none."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self.vocab_size = vocab_size
-        self._device = device
-        self.allowed: list[torch.Tensor] = []
-        self.history: list[torch.Tensor] = []
-        self.bias: list[torch.Tensor] = []
+    def __init__(self, words_E2: torch.Tensor, filled: Filled) -> None:
+        self._words_E2 = words_E2
+        self._filled = filled
+        self._num_rows = 0
+        self.num_used = 0
 
-    def add_bans(self, row: SampleRow) -> int:
-        if row.allowed_mask is None and row.banned_ids is None:
-            return -1
-        allowed_V = torch.ones(self.vocab_size, dtype=torch.int8, device=self._device)
-        if row.allowed_mask is not None:
-            allowed_V.copy_(row.allowed_mask, non_blocking=True)
-        if row.banned_ids is not None:
-            allowed_V.index_fill_(0, _to_device(row.banned_ids, self._device), 0)
-        self.allowed.append(allowed_V)
-        return len(self.allowed) - 1
+    def add(self, row: SampleRow, *, is_drawn: bool) -> tuple[int, int, int]:
+        """(row of the touched tokens, first entry, number of entries); (-1, 0, 0) for a row without any."""
+        if not is_special(row):
+            return -1, 0, 0
+        first = self.num_used
+        self._put(row.banned_ids, BANNED)
+        if is_drawn and has_history(row):
+            self._put(row.prompt_ids, IN_PROMPT)
+            self._put(row.output_ids, PUT_OUT)
+        if is_drawn and row.logit_bias is not None:
+            self._put(row.logit_bias[0], BIASED, row.logit_bias[1].float())
+        self._num_rows += 1
+        return self._num_rows - 1, first, self.num_used - first
 
-    def add_history(self, row: SampleRow) -> int:
-        if (row.repetition_penalty, row.presence_penalty, row.frequency_penalty) == (1.0, 0.0, 0.0):
-            return -1
-        history_V = torch.zeros(self.vocab_size, dtype=torch.int32, device=self._device)
-        if row.prompt_ids is not None:
-            history_V.index_fill_(0, _to_device(row.prompt_ids, self._device), 1)
-        if row.output_ids is not None:
-            ids = _to_device(row.output_ids, self._device)
-            history_V.index_add_(0, ids, torch.full_like(ids, 2, dtype=torch.int32))
-        self.history.append(history_V)
-        return len(self.history) - 1
+    def _put(self, ids: torch.Tensor | None, effect: int, biases: torch.Tensor | None = None) -> None:
+        if ids is None or ids.shape[0] == 0:
+            return
+        first, self.num_used = self.num_used, self.num_used + ids.shape[0]
+        if ids.device.type != "cpu":
+            self._filled.late_entries.append((first, effect, ids, biases))
+            return
+        write_entries(self._words_E2[first : self.num_used], effect, ids, biases)
 
-    def add_bias(self, row: SampleRow) -> int:
-        if row.logit_bias is None:
-            return -1
-        ids, values = (_to_device(part, self._device) for part in row.logit_bias)
-        bias_V = torch.zeros(self.vocab_size, dtype=torch.float32, device=self._device)
-        self.bias.append(bias_V.index_copy_(0, ids, values.float()))
-        return len(self.bias) - 1
 
-    def stacked(self, tables: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """(H, V), or one element that nothing points to."""
-        return torch.stack(tables) if tables else torch.zeros((1, 1), dtype=dtype, device=self._device)
+def write_entries(
+    words_E2: torch.Tensor, effect: int, ids: torch.Tensor, biases: torch.Tensor | None
+) -> None:
+    """Writes one run of entries, on the device of `words_E2`."""
+    words_E2[:, 0].copy_(ids.to(torch.int32) | (effect << ENTRY_BITS))
+    if biases is not None:
+        words_E2[:, 1].copy_(biases.view(torch.int32))
+
+
+def _add_mask(filled: Filled, row: SampleRow) -> int:
+    if row.allowed_mask is None:
+        return -1
+    filled.masks.append(row.allowed_mask)
+    return len(filled.masks) - 1
 
 
 def _as_int32(word: int) -> int:
     """The low 32 bits of a number as a signed one, which is how int32 tensors hold them."""
     word &= 0xFFFFFFFF
     return word - 2**32 if word >= 2**31 else word
-
-
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

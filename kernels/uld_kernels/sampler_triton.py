@@ -1,13 +1,13 @@
-"""The fused sampler on Triton: packs rows, launches scan, select and finish. Called by ops on CUDA tensors.
+"""The fused sampler on Triton: all that one shape needs, allocated once, and the launches. Called by ops and by
+static_sampler on CUDA tensors.
 
 Never waits for the device. Tested against sampler_reference; passes and bytes are drawn in kernels/README.md.
 
-Legend: R rows of logits, V real vocabulary, B rows to draw, M terms, T tiles, G groups of 64 tokens."""
+Legend: R rows of logits, V real vocabulary, B rows to draw, M terms, T tiles, G groups of 16 tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import inf, log
 
 import torch
@@ -15,13 +15,27 @@ import triton
 
 from uld_kernels import columns_triton as columns
 from uld_kernels.finish_triton import _finish_kernel
-from uld_kernels.pack import Packed, pack
+from uld_kernels.rank_triton import _rank_kernel, _rank_tile_kernel
 from uld_kernels.rows import SampleOutput, SampleRow, ScoreOutput
-from uld_kernels.scan_triton import _normalizer_kernel, _normalizer_tile_kernel, _rank_kernel, _scan_kernel
-from uld_kernels.select_triton import _select_kernel
+from uld_kernels.sample_shape import SampleShape
+from uld_kernels.scan_triton import (
+    NUM_BESTS,
+    NUM_INT_PARTIALS,
+    NUM_PARTIALS,
+    _normalizer_kernel,
+    _normalizer_tile_kernel,
+    _scan_kernel,
+    _touch_kernel,
+)
+from uld_kernels.staging import Staging
 
-SCAN_BLOCK = 2048
-LIST_BLOCK = 1024
+# The same for any batch, so that a row has the same bits in any.
+SCAN_BLOCK = 1024
+SELECT_BLOCK = 2048
+CHUNK = 4096
+LIST_BLOCK = 512
+SCAN_WARPS = 4
+FINISH_WARPS = 8
 # Contracting a - s * x into one rounding would differ from the torch sampler in the last bit.
 _OPTIONS = {"enable_fp_fusion": False}
 
@@ -30,10 +44,9 @@ def sample(
     logits_RV: torch.Tensor, rows: Sequence[SampleRow], *, vocab_size: int, protected_ids: torch.Tensor
 ) -> SampleOutput:
     """ops.fused_sample for fp32, bf16 and fp16 logits."""
-    packed = pack(rows, vocab_size=vocab_size, device=logits_RV.device)
-    columns_B = _run(logits_RV, packed, vocab_size=vocab_size, protected_ids=protected_ids)
-    del columns_B["rank_B"]
-    return SampleOutput(**columns_B, digests=packed.digests)
+    sampler = _filled(logits_RV, rows, vocab_size=vocab_size, protected_ids=protected_ids)
+    sampler.run(logits_RV)
+    return sampler.output()
 
 
 def score(
@@ -45,111 +58,186 @@ def score(
     protected_ids: torch.Tensor,
 ) -> ScoreOutput:
     """ops.fused_score. Reads target_ids_B on the host: pass it from there."""
-    packed = pack(rows, vocab_size=vocab_size, device=logits_RV.device, target_ids=target_ids_B.tolist())
-    columns_B = _run(logits_RV, packed, vocab_size=vocab_size, protected_ids=protected_ids)
-    del columns_B["token_ids_B"]
-    return ScoreOutput(**columns_B, digests=packed.digests)
+    targets: list[int] = target_ids_B.tolist()
+    sampler = _filled(logits_RV, rows, targets, vocab_size=vocab_size, protected_ids=protected_ids)
+    sampler.run(logits_RV)
+    return sampler.scores()
 
 
-@dataclass(frozen=True, slots=True)
-class _Workspace:
-    """What the kernels hand to each other for one launch."""
-
-    normalizers: torch.Tensor
-    rank_thresholds: torch.Tensor
-    partials: torch.Tensor
-    int_partials: torch.Tensor
-    group_max: torch.Tensor
-    group_list: torch.Tensor
-    listed_ids: torch.Tensor
-    listed_scores: torch.Tensor
-    listed_z: torch.Tensor
-    summaries: torch.Tensor
-    int_summaries: torch.Tensor
-
-
-def _run(
-    logits_RV: torch.Tensor, packed: Packed, *, vocab_size: int, protected_ids: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    num_rows, device = packed.ints.shape[0], logits_RV.device
-    output = _empty_output(num_rows, packed.max_logprobs, device)
-    if num_rows == 0:
-        return output
-    protected_V = torch.zeros(vocab_size, dtype=torch.int8, device=device).index_fill_(0, protected_ids, 1)
-    space = _workspace(packed, num_rows, vocab_size, device)
-    num_tiles, num_groups = triton.cdiv(vocab_size, SCAN_BLOCK), space.group_max.shape[1]
-    logits = (logits_RV, logits_RV.stride(0), vocab_size)
-    tables = (packed.ints, packed.floats, packed.term_ints, packed.term_floats)
-    _normalize(logits_RV, packed, space, vocab_size=vocab_size)
-    _scan_kernel[(num_rows, num_tiles)](
-        *logits, *tables, packed.allowed_HV, protected_V, space.normalizers, space.rank_thresholds,
-        space.partials, space.int_partials, space.group_max, num_groups,
-        MAX_TERMS=packed.max_terms, BLOCK=SCAN_BLOCK, num_warps=8, **_OPTIONS,
-    )  # fmt: skip
-    _select_kernel[(num_rows,)](
-        *logits, *tables, packed.allowed_HV, protected_V, protected_ids, protected_ids.shape[0],
-        space.normalizers, space.rank_thresholds, space.partials, space.int_partials, num_tiles,
-        space.group_max, space.group_list, num_groups, space.listed_ids, space.listed_scores,
-        space.summaries, space.int_summaries,
-        MAX_TERMS=packed.max_terms, TILES=triton.next_power_of_2(num_tiles),
-        GROUPS=triton.next_power_of_2(num_groups), BLOCK=SCAN_BLOCK, num_warps=8, **_OPTIONS,
-    )  # fmt: skip
-    _finish_kernel[(num_rows,)](
-        *logits, *tables, protected_V, packed.history_HV, packed.bias_HV, space.summaries, space.int_summaries,
-        space.listed_ids, space.listed_scores, space.listed_z,
-        output["token_ids_B"], output["logprob_B"], output["rank_B"], output["status_B"], output["num_kept_B"],
-        output["kl_B"], output["argmax_changed_B"], output["top_ids_BN"], output["top_logprobs_BN"],
-        packed.max_logprobs,
-        MAX_TERMS=packed.max_terms, BLOCK=LIST_BLOCK, num_warps=8, **_OPTIONS,
-    )  # fmt: skip
-    return output
-
-
-def _normalize(logits_RV: torch.Tensor, packed: Packed, space: _Workspace, *, vocab_size: int) -> None:
-    """Fills normalizers and rank thresholds; launches nothing for batches that need neither."""
-    num_terms = packed.ints.shape[0] * packed.max_terms
-    logits = (logits_RV, logits_RV.stride(0), vocab_size)
-    if packed.needs_normalizers:
-        num_tiles = triton.cdiv(vocab_size, SCAN_BLOCK)
-        maxima, sums = torch.empty((2, num_terms * 2, num_tiles), device=logits_RV.device)
-        _normalizer_tile_kernel[(num_terms * 2, num_tiles)](
-            *logits, packed.term_ints, maxima, sums, BLOCK=SCAN_BLOCK, num_warps=8, **_OPTIONS
-        )
-        _normalizer_kernel[(num_terms * 2,)](
-            packed.term_ints, maxima, sums, space.normalizers, num_tiles, log(vocab_size),
-            TILES=triton.next_power_of_2(num_tiles), num_warps=1, **_OPTIONS,
-        )  # fmt: skip
-    if packed.needs_ranks:
-        differences = torch.empty((num_terms, vocab_size), device=logits_RV.device)
-        _rank_kernel[(num_terms,)](
-            *logits, packed.term_ints, differences, space.rank_thresholds,
-            BLOCK=SCAN_BLOCK, num_warps=8, **_OPTIONS,
-        )  # fmt: skip
-
-
-def _workspace(packed: Packed, num_rows: int, vocab_size: int, device: torch.device) -> _Workspace:
-    num_tiles, num_groups = triton.cdiv(vocab_size, SCAN_BLOCK), triton.cdiv(vocab_size, columns.GROUP.value)
-
-    def floats(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    def ints(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
-    return _Workspace(
-        normalizers=torch.zeros((num_rows, packed.max_terms, 2), device=device),
-        rank_thresholds=torch.full((num_rows, packed.max_terms), inf, device=device),
-        partials=floats(num_rows, num_tiles, columns.NUM_PARTIALS.value),
-        int_partials=ints(num_rows, num_tiles, columns.NUM_INT_PARTIALS.value),
-        group_max=floats(num_rows, num_groups),
-        group_list=ints(num_rows, num_groups),
-        # Room for the whole vocabulary: a list can overflow nothing. Rows touch only what they list.
-        listed_ids=ints(num_rows, vocab_size),
-        listed_scores=floats(num_rows, vocab_size),
-        listed_z=floats(num_rows, vocab_size),
-        summaries=floats(num_rows, columns.NUM_SUMMARIES.value),
-        int_summaries=ints(num_rows, columns.NUM_INT_SUMMARIES.value),
+def _filled(
+    logits_RV: torch.Tensor,
+    rows: Sequence[SampleRow],
+    target_ids: Sequence[int] | None = None,
+    *,
+    vocab_size: int,
+    protected_ids: torch.Tensor,
+) -> TritonSampler:
+    shape = SampleShape.of(rows, num_rows=len(rows))
+    sampler = TritonSampler(
+        shape, vocab_size=vocab_size, protected_ids=protected_ids, device=logits_RV.device, num_stages=1
     )
+    sampler.fill(rows, target_ids=target_ids)
+    return sampler
+
+
+class TritonSampler:
+    """Tables, workspace and output of one shape. `fill` and `run` may alternate for ever; nothing is allocated."""
+
+    def __init__(
+        self,
+        shape: SampleShape,
+        *,
+        vocab_size: int,
+        protected_ids: torch.Tensor,
+        device: torch.device,
+        num_stages: int = 3,
+    ) -> None:
+        """`num_stages`: so many fills may be on their way to the device before one has to wait."""
+        self.shape = shape
+        self.vocab_size = vocab_size
+        self._tables = Staging(shape, vocab_size=vocab_size, device=device, num_stages=num_stages)
+        self._protected_ids = protected_ids
+        self._protected_V = torch.zeros(vocab_size, dtype=torch.int8, device=device)
+        self._protected_V.index_fill_(0, protected_ids, 1)
+        self._space = _workspace(shape, vocab_size, device)
+        self._columns = _empty_output(shape.num_rows, shape.max_logprobs, device)
+
+    def fill(self, rows: Sequence[SampleRow], *, target_ids: Sequence[int] | None = None) -> None:
+        """What the next run draws, or scores where target ids are given."""
+        self._tables.fill(rows, target_ids=target_ids)
+
+    def run(self, logits_RV: torch.Tensor) -> None:
+        """Launches, and nothing else."""
+        if self.shape.num_rows == 0:
+            return
+        num_tiles, num_groups = _num_tiles(self.vocab_size), _num_groups(self.vocab_size)
+        self._prepare(logits_RV)
+        space, columns_B = self._space, self._columns
+        row = (
+            logits_RV, logits_RV.stride(0), self.vocab_size, self._tables.ints, self._tables.floats,
+            self._tables.masks, space["touched"], space["biases"], space["normalizers"], space["thresholds"],
+            self._tables.layout.terms_at,
+        )  # fmt: skip
+        found = space["bests"], space["partials"], space["int_partials"]
+        max_terms = self._tables.layout.max_terms
+        _scan_kernel[(self.shape.num_rows, num_tiles)](
+            *row, self._protected_V, *found, space["group_max"],
+            num_groups, MAX_TERMS=max_terms, BLOCK=SCAN_BLOCK, num_warps=SCAN_WARPS, **_OPTIONS,
+        )  # fmt: skip
+        _finish_kernel[(self.shape.num_rows,)](
+            *row, self._protected_V, self._protected_ids, self._protected_ids.shape[0], *found, num_tiles,
+            space["group_max"], space["group_list"], num_groups, space["lucky"], space["lucky"].shape[1],
+            space["listed_ids"], space["listed_s"], space["listed_b"],
+            columns_B["token_ids_B"], columns_B["logprob_B"], columns_B["rank_B"], columns_B["status_B"],
+            columns_B["num_kept_B"], columns_B["kl_B"], columns_B["argmax_changed_B"], columns_B["top_ids_BN"],
+            columns_B["top_logprobs_BN"], self.shape.max_logprobs,
+            MAX_TERMS=max_terms, TILES=triton.next_power_of_2(num_tiles),
+            GROUPS=triton.next_power_of_2(num_groups), NOISE_GROUPS=triton.next_power_of_2(space["lucky"].shape[1]),
+            BLOCK=SELECT_BLOCK, CHUNK=CHUNK, LIST=LIST_BLOCK, num_warps=FINISH_WARPS, **_OPTIONS,
+        )  # fmt: skip
+
+    def output(self) -> SampleOutput:
+        """The rows of the last fill, as the last run left them; overwritten by the next one."""
+        columns_B = self._filled_columns()
+        del columns_B["rank_B"]
+        return SampleOutput(**columns_B, digests=self._tables.digests)
+
+    def scores(self) -> ScoreOutput:
+        """The same after a fill with target ids."""
+        columns_B = self._filled_columns()
+        del columns_B["token_ids_B"]
+        return ScoreOutput(**columns_B, digests=self._tables.digests)
+
+    def _filled_columns(self) -> dict[str, torch.Tensor]:
+        num_rows, width = len(self._tables.digests), self._tables.num_logprobs
+        columns_B = {name: column[:num_rows] for name, column in self._columns.items()}
+        for name in ("top_ids_BN", "top_logprobs_BN"):
+            columns_B[name] = columns_B[name][:, :width]
+        return columns_B
+
+    def _prepare(self, logits_RV: torch.Tensor) -> None:
+        """Fills what is needed before the scan; launches nothing for shapes that need nothing."""
+        num_terms = self.shape.num_rows * self._tables.layout.max_terms
+        num_tiles, num_groups = _num_tiles(self.vocab_size), _num_groups(self.vocab_size)
+        logits, terms, space = (
+            (logits_RV, logits_RV.stride(0), self.vocab_size),
+            self._tables.terms,
+            self._space,
+        )
+        if self.shape.num_special:
+            _touch_kernel[(self.shape.num_rows, num_tiles)](
+                self.vocab_size, self._tables.ints, self._tables.entries, self._tables.entry_biases,
+                space["touched"], space["biases"], BLOCK=SCAN_BLOCK, num_warps=SCAN_WARPS, **_OPTIONS,
+            )  # fmt: skip
+        if self.shape.needs_normalizers:
+            maxima, sums = space["stream_partials"]
+            _normalizer_tile_kernel[(num_terms * 2, num_tiles)](
+                *logits, terms, maxima, sums, BLOCK=SCAN_BLOCK, num_warps=SCAN_WARPS, **_OPTIONS
+            )
+            _normalizer_kernel[(num_terms * 2,)](
+                terms, maxima, sums, space["normalizers"], num_tiles, log(self.vocab_size),
+                TILES=triton.next_power_of_2(num_tiles), num_warps=1, **_OPTIONS,
+            )  # fmt: skip
+        if self.shape.needs_ranks:
+            _rank_tile_kernel[(num_terms, num_tiles)](
+                *logits, terms, space["rank_groups"], num_groups, space["rank_bad"],
+                BLOCK=SCAN_BLOCK, num_warps=SCAN_WARPS, **_OPTIONS,
+            )  # fmt: skip
+            _rank_kernel[(num_terms,)](
+                *logits, terms, space["rank_groups"], space["rank_list"], num_groups, space["rank_bad"], num_tiles,
+                space["rank_listed"], space["thresholds"],
+                TILES=triton.next_power_of_2(num_tiles), GROUPS=triton.next_power_of_2(num_groups),
+                BLOCK=SELECT_BLOCK, CHUNK=CHUNK, LIST=LIST_BLOCK, num_warps=FINISH_WARPS, **_OPTIONS,
+            )  # fmt: skip
+
+
+def _num_tiles(vocab_size: int) -> int:
+    return -(-vocab_size // SCAN_BLOCK)
+
+
+def _num_groups(vocab_size: int) -> int:
+    return -(-vocab_size // int(columns.GROUP.value))
+
+
+def _workspace(shape: SampleShape, vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the kernels hand to each other, by name."""
+    num_tiles, num_groups = _num_tiles(vocab_size), _num_groups(vocab_size)
+    rows, num_terms, special = (
+        shape.num_rows,
+        shape.num_rows * max(1, shape.max_terms),
+        max(1, shape.num_special),
+    )
+
+    def floats(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=torch.float32, device=device)
+
+    def ints(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=torch.int32, device=device)
+
+    space = {
+        "normalizers": torch.zeros((num_terms, 2), device=device),
+        "thresholds": torch.full((num_terms,), inf, device=device),
+        "touched": ints(special, vocab_size if shape.num_special else 1),
+        "biases": floats(special, vocab_size if shape.num_special else 1),
+        "bests": torch.empty((rows, num_tiles, NUM_BESTS.value), dtype=torch.int64, device=device),
+        "partials": floats(rows, num_tiles, NUM_PARTIALS.value),
+        "int_partials": ints(rows, num_tiles, NUM_INT_PARTIALS.value),
+        "group_max": floats(rows, num_groups),
+        "group_list": ints(rows, num_groups),
+        "lucky": floats(rows, triton.cdiv(vocab_size, columns.NOISE_GROUP.value)),
+        # Room for the whole vocabulary: a list can overflow nothing. Rows touch only what they list.
+        "listed_ids": ints(rows, vocab_size),
+        "listed_s": floats(rows, vocab_size),
+        "listed_b": floats(rows, vocab_size),
+    }
+    if shape.needs_normalizers:
+        space["stream_partials"] = floats(2, num_terms * 2, num_tiles)
+    if shape.needs_ranks:
+        space["rank_groups"] = floats(num_terms, num_groups)
+        space["rank_list"] = ints(num_terms, num_groups)
+        space["rank_bad"] = ints(num_terms, num_tiles)
+        space["rank_listed"] = floats(num_terms, vocab_size)
+    return space
 
 
 def _empty_output(num_rows: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
-"""Second kernel of the sampler: finds each row's candidates through the maxima of its groups. Launched by
-sampler_triton.
+"""How a row finds its candidates through the maxima of its groups. Device functions, called by rank_triton and
+finish_triton.
 
-The list is a superset of what filters and truncation leave (an upper set of the value they look at, plus the
-protected tokens), so that finish can decide exactly on it alone; where no bound is known it is the vocabulary."""
+A list is a superset of what filters and truncation leave (an upper set of the value they look at, plus the protected
+tokens), so that all later decisions are exact on it alone; where no bound is known it is the vocabulary."""
 
 # Kernel arguments are typed by their launch, not by annotations.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -19,216 +19,198 @@ from uld_kernels.columns_triton import (
     GROUP,
     LIST_BEST,
     LIST_LOG_RATIO,
+    LIST_LUCKY,
+    LIST_MODE,
     LIST_NUCLEUS,
     LOG_FILTER_TAU,
     LOG_FUSED_TAU,
-    NO_ID,
-    NUM_FLOATS,
-    NUM_INT_PARTIALS,
-    NUM_INT_SUMMARIES,
-    NUM_INTS,
-    NUM_PARTIALS,
-    NUM_SUMMARIES,
-    NUM_TERM_FLOATS,
-    NUM_TERM_INTS,
+    NOISE_GROUP,
     NUM_TERMS,
-    PARTIAL_ARGMAX_B,
-    PARTIAL_ARGMAX_S,
-    PARTIAL_BAD,
-    PARTIAL_COUNT,
-    PARTIAL_KL,
-    PARTIAL_MAX_B,
-    PARTIAL_MAX_OTHERS,
-    PARTIAL_MAX_S,
-    PARTIAL_SUM_B,
-    PARTIAL_SUM_OTHERS,
-    PARTIAL_SUM_S,
-    PARTIAL_SUM_Z,
     PROTECT,
     ROW_CLASS,
-    SUMMARY_ARGMAX_B,
-    SUMMARY_ARGMAX_S,
-    SUMMARY_BAD,
-    SUMMARY_COUNT,
-    SUMMARY_IS_PARTIAL,
-    SUMMARY_KL,
-    SUMMARY_LSE_B,
-    SUMMARY_LSE_OTHERS,
-    SUMMARY_LSE_S,
-    SUMMARY_MASS_Z,
-    SUMMARY_MAX_B,
-    SUMMARY_NUM_LISTED,
+    SCAN_PENALIZES,
     TEMPERATURE,
+    TERM_WORDS,
     TOP_P,
-    UNFILTERED,
     combine,
     load_target,
-    sort_key,
-    spread,
+    penalized,
 )
+from uld_kernels.noise_triton import SMALLEST_NOISE, group_noise, stream_of
 
-# Candidates lie this much below a bound that rounding may have moved; finish decides exactly.
+# Candidates lie this much below a bound that rounding may have moved; the finish decides exactly.
 _SLACK = tl.constexpr(1e-3)
+_RELATIVE_SLACK = tl.constexpr(2e-6)
 
 
 @triton.jit
-def _merged_lse(largest, sums):
-    """(maximum, LSE) of a row from the maxima and sums of its tiles, in their order."""
-    top = tl.max(largest)
-    total = tl.sum(tl.where(largest > float("-inf"), sums * tl.exp(largest - top), 0.0))
-    return top, tl.where(top > float("-inf"), top + tl.log(total), float("-inf"))
+def bound_of_kth(group_max, k):
+    """A number that at least k tokens reach and not many more: about the k-th largest maximum of a group.
+
+    -inf if fewer than k groups have a token. Any such number will do, so halving the range stops early.
+    """
+    largest = tl.max(group_max)
+    low = tl.min(tl.where(group_max > float("-inf"), group_max, float("inf")))
+    num_groups = tl.sum((group_max > float("-inf")).to(tl.int32))
+    is_wide = (num_groups >= k) & (k > 1)
+    low = tl.where(k == 1, largest, tl.where(num_groups >= k, low, float("-inf")))
+    high, enough = largest, k + k // 8
+    while is_wide:
+        tried = low + 0.5 * (high - low)
+        count = tl.sum((group_max >= tried).to(tl.int32))
+        is_between = (tried > low) & (tried < high)
+        low, high = tl.where(is_between & (count >= k), tried, low), tl.where(count < k, tried, high)
+        is_wide = is_between & ((count < k) | (count > enough))
+    return low
 
 
 @triton.jit
-def _bound_of_kth(group_max, is_group, num_groups, k):
-    """A number that at least k tokens reach and few more: the k-th largest maximum of a group; -inf if too few."""
-    keys = tl.where(is_group, sort_key(group_max), -1)
-    key = tl.full((), 0, tl.int64)
-    for step in range(32):
-        tried = key | (tl.full((), 2147483648, tl.int64) >> step)
-        key = tl.where(tl.sum((keys >= tried).to(tl.int32)) >= k, tried, key)
-    bound = tl.min(tl.where(keys >= key, group_max, float("inf")))
-    return tl.where(num_groups >= k, bound, float("-inf"))
+def pick_groups(group_max_ptr, num_groups, threshold, lucky_ptr, is_lucky, list_ptr, CHUNK: tl.constexpr):
+    """Writes the numbers of the groups that reach the threshold (their own where is_lucky), ascending; returns how
+    many."""
+    lane = tl.arange(0, CHUNK)
+    num_picked = tl.full((), 0, tl.int32)
+    for start in range(0, num_groups, CHUNK):
+        group = start + lane
+        largest = tl.load(group_max_ptr + group, mask=group < num_groups, other=float("-inf"))
+        picked = (group < num_groups) & (largest >= threshold)
+        if is_lucky:
+            needed = tl.load(lucky_ptr + group // (NOISE_GROUP // GROUP), mask=group < num_groups, other=0.0)
+            picked = (group < num_groups) & (largest >= needed)
+        picked_int = picked.to(tl.int32)
+        tl.store(list_ptr + num_picked + tl.cumsum(picked_int, 0) - picked_int, group, mask=picked)
+        num_picked += tl.sum(picked_int)
+    tl.debug_barrier()
+    return num_picked
 
 
 @triton.jit
-def _append(ids_ptr, scores_ptr, num_listed, ids, s, taken):
-    """Writes the taken tokens of a block behind the list; returns its new length."""
-    taken_int = taken.to(tl.int32)
-    slots = num_listed + tl.cumsum(taken_int, 0) - taken_int
-    tl.store(ids_ptr + slots, ids, mask=taken)
-    tl.store(scores_ptr + slots, s, mask=taken)
-    return num_listed + tl.sum(taken_int)
-
-
-@triton.jit
-def _select_kernel(
-    logits_ptr, stride_row, vocab_size, ints_ptr, floats_ptr, term_ints_ptr, term_floats_ptr, allowed_ptr,
-    protected_ptr, protected_ids_ptr, num_protected, normalizers_ptr, rank_thresholds_ptr, partials_ptr,
-    int_partials_ptr, num_tiles, group_max_ptr, group_list_ptr, num_groups, listed_ids_ptr, listed_scores_ptr,
-    summaries_ptr, int_summaries_ptr,
-    MAX_TERMS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program row: merge the tiles, bound the candidates, list them with their exact scores."""
-    row = tl.program_id(0)
-    row_64 = row.to(tl.int64)
-    ints, floats = ints_ptr + row * NUM_INTS, floats_ptr + row * NUM_FLOATS
-    term_ints = term_ints_ptr + row * MAX_TERMS * NUM_TERM_INTS
-    term_floats = term_floats_ptr + row * MAX_TERMS * NUM_TERM_FLOATS
-    normalizers, rank_thresholds = (
-        normalizers_ptr + row * MAX_TERMS * 2,
-        rank_thresholds_ptr + row * MAX_TERMS,
-    )
-    row_class, num_terms = tl.load(ints + ROW_CLASS), tl.load(ints + NUM_TERMS)
-    protect = tl.load(ints + PROTECT) != 0
-
-    tile = tl.arange(0, TILES)
-    is_tile = tile < num_tiles
-    part = partials_ptr + (row_64 * num_tiles + tile) * NUM_PARTIALS
-    part_max_b = tl.load(part + PARTIAL_MAX_B, mask=is_tile, other=float("-inf"))
-    max_b, lse_b = _merged_lse(part_max_b, tl.load(part + PARTIAL_SUM_B, mask=is_tile, other=0.0))
-    _max_others, lse_others = _merged_lse(
-        tl.load(part + PARTIAL_MAX_OTHERS, mask=is_tile, other=float("-inf")),
-        tl.load(part + PARTIAL_SUM_OTHERS, mask=is_tile, other=0.0),
-    )
-    part_max_s = tl.load(part + PARTIAL_MAX_S, mask=is_tile, other=float("-inf"))
-    max_s, lse_s = _merged_lse(part_max_s, tl.load(part + PARTIAL_SUM_S, mask=is_tile, other=0.0))
-    temperature = tl.load(floats + TEMPERATURE)
-    warmth = tl.where(temperature > 0.0, temperature, 1.0)
-    tile_share = tl.where(part_max_s > float("-inf"), tl.exp(part_max_s - max_s), 0.0)
-    tile_share_z = tl.where(part_max_s > float("-inf"), tl.exp((part_max_s - max_s) / warmth), 0.0)
-    kl_sum = tl.sum(tile_share * tl.load(part + PARTIAL_KL, mask=is_tile, other=0.0))
-    mass_z = tl.sum(tile_share_z * tl.load(part + PARTIAL_SUM_Z, mask=is_tile, other=0.0))
-    int_part = int_partials_ptr + (row_64 * num_tiles + tile) * NUM_INT_PARTIALS
-    argmax_b = tl.load(int_part + PARTIAL_ARGMAX_B, mask=is_tile & (part_max_b == max_b), other=NO_ID)
-    argmax_s = tl.load(int_part + PARTIAL_ARGMAX_S, mask=is_tile & (part_max_s == max_s), other=NO_ID)
-    count = tl.sum(tl.load(int_part + PARTIAL_COUNT, mask=is_tile, other=0))
-    is_bad = tl.max(tl.load(int_part + PARTIAL_BAD, mask=is_tile, other=0))
-
-    group = tl.arange(0, GROUPS)
-    is_group = group < num_groups
-    group_max = tl.load(group_max_ptr + row_64 * num_groups + group, mask=is_group, other=float("-inf"))
+def threshold_of(row, group_max, max_b, max_s, max_value):
+    """What a listed token's value reaches at least, a little below where rounding could matter."""
+    _, _, _, ints, floats, _, _, _, term_ints, term_floats, _, _ = row
+    row_class = tl.load(ints + ROW_CLASS)
     threshold = tl.full((), float("-inf"), tl.float32)
     if row_class == FILTERED_BY_TARGET:
-        for term in range(num_terms):
-            keep = tl.load(term_ints + term * NUM_TERM_INTS + FILTER_KEEP)
+        for term in range(tl.load(ints + NUM_TERMS)):
+            keep = tl.load(term_ints + term * TERM_WORDS + FILTER_KEEP)
             if keep > 0:
-                near_best = max_b + tl.load(term_floats + term * NUM_TERM_FLOATS + LOG_FILTER_TAU)
-                bound = _bound_of_kth(group_max, is_group, num_groups, keep)
-                threshold = tl.maximum(threshold, tl.minimum(near_best, bound))
+                near_best = max_b + tl.load(term_floats + term * TERM_WORDS + LOG_FILTER_TAU)
+                bound = near_best
+                if tl.sum((group_max >= near_best).to(tl.int32)) < keep:
+                    bound = tl.minimum(near_best, bound_of_kth(group_max, keep))
+                threshold = tl.maximum(threshold, bound)
     elif row_class == FILTERED_BY_SCORE:
         threshold = max_s + tl.load(floats + LOG_FUSED_TAU)
     else:
         list_best = tl.load(ints + LIST_BEST)
         if list_best > 0:
-            near_best = max_s + tl.load(floats + LIST_LOG_RATIO)
-            threshold = tl.minimum(near_best, _bound_of_kth(group_max, is_group, num_groups, list_best))
-    threshold -= _SLACK + 1e-6 * tl.abs(threshold)
+            bound = bound_of_kth(group_max, list_best)
+            is_lucky = tl.load(ints + LIST_MODE) == LIST_LUCKY
+            near_best = tl.where(is_lucky, float("inf"), max_value + tl.load(floats + LIST_LOG_RATIO))
+            threshold = tl.minimum(near_best, bound)
+        elif tl.load(ints + LIST_MODE) == LIST_LUCKY:
+            threshold = tl.full((), float("inf"), tl.float32)
+    lowered = threshold - (_SLACK + _RELATIVE_SLACK * tl.abs(threshold))
+    return tl.where(threshold < float("inf"), lowered, threshold)
 
-    listed_ids, listed_scores = listed_ids_ptr + row_64 * vocab_size, listed_scores_ptr + row_64 * vocab_size
-    group_list = group_list_ptr + row_64 * num_groups
+
+@triton.jit
+def value_of(row, ids, in_range, num_terms):
+    """(what candidates are selected by, its target logit, its score, whether it is live) of a block."""
+    b = load_target(row, ids, in_range)
+    live = b > float("-inf")
+    s = combine(row, b, ids, live, num_terms)
+    value = s
+    if tl.load(row[3] + SCAN_PENALIZES) != 0:
+        value = penalized(row, s, ids, live & (s > float("-inf")), 0.0)
+    return value, b, s, live
+
+
+@triton.jit
+def lucky_thresholds(row, lucky_ptr, max_value, threshold, NOISE_GROUPS: tl.constexpr):
+    """Writes for every 256 tokens which value the noise could still lift to the top; nothing above `threshold`.
+
+    No token has more noise than its group's largest. Of those with the largest noise, and of the best token, one
+    reaches a height that rules out nearly all the others.
+    """
+    vocab_size, ints, floats = row[2], row[3], row[4]
+    temperature = tl.load(floats + TEMPERATURE)
+    groups = tl.arange(0, NOISE_GROUPS)
+    seed, position = stream_of(ints)
+    highest, member = group_noise(groups, seed, position)
+    highest = highest.to(tl.float32)
+    ids = groups * NOISE_GROUP + member
+    value, _, _, live = value_of(row, ids, ids < vocab_size, tl.load(ints + NUM_TERMS))
+    lowest = max_value + tl.load(floats + LIST_LOG_RATIO)
+    may_win = live & (value >= lowest) & (value > float("-inf"))
+    lucky = tl.max(tl.where(may_win, value / temperature + highest, float("-inf")))
+    reached = tl.maximum(lucky, max_value / temperature + SMALLEST_NOISE)
+    reached -= _SLACK + _RELATIVE_SLACK * tl.abs(reached)
+    needed = tl.maximum((reached - highest) * temperature, lowest)
+    needed -= _SLACK + _RELATIVE_SLACK * tl.abs(needed)
+    tl.store(lucky_ptr + groups, tl.minimum(needed, threshold), mask=groups * NOISE_GROUP < vocab_size)
+    tl.debug_barrier()
+
+
+@triton.jit
+def list_candidates(
+    row, group_max_ptr, num_groups, threshold, max_value, mass, count, protected_ptr, protected_ids_ptr, num_protected,
+    group_list_ptr, lucky_ptr, ids_ptr, s_ptr, b_ptr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Writes the candidates with their scores and target logits, ids ascending, protected ones last; returns how
+    many. Of a row filtered by the target the scores are left out."""
+    vocab_size, ints, floats = row[2], row[3], row[4]
+    row_class, list_mode = tl.load(ints + ROW_CLASS), tl.load(ints + LIST_MODE)
+    protect = tl.load(ints + PROTECT) != 0
+    by_target = row_class == FILTERED_BY_TARGET
+    num_terms = tl.where(by_target, 0, tl.load(ints + NUM_TERMS))
     lane = tl.arange(0, BLOCK)
     num_listed = tl.full((), 0, tl.int32)
+    is_short = list_mode >= 0
     # A second round lists everything: a nucleus that is not inside the best tokens, which only the first can tell.
-    num_rounds = tl.where(is_bad != 0, 0, 1)
-    for attempt in range(2):
-        if attempt < num_rounds:
-            num_listed = tl.full((), 0, tl.int32)
-            mass_listed = tl.full((), 0.0, tl.float32)
-            picked = is_group & (group_max >= threshold) & (group_max > float("-inf"))
-            picked_int = picked.to(tl.int32)
-            tl.store(group_list + tl.cumsum(picked_int, 0) - picked_int, group, mask=picked)
-            num_picked = tl.sum(picked_int)
-            tl.debug_barrier()
-            for start in range(0, num_picked, BLOCK // GROUP):
-                place = start + lane // GROUP
-                ids = tl.load(group_list + place, mask=place < num_picked, other=0) * GROUP + lane % GROUP
-                in_range = (place < num_picked) & (ids < vocab_size)
-                b, _is_bad_here = load_target(
-                    logits_ptr, stride_row, allowed_ptr, ints, ids, in_range, vocab_size
-                )
-                live = b > float("-inf")
-                s = combine(
-                    b, ids, live, logits_ptr, stride_row, ints, term_ints, term_floats, normalizers, rank_thresholds,
-                    num_terms,
-                )  # fmt: skip
-                value = tl.where(row_class == FILTERED_BY_TARGET, b, s)
-                taken = live & (value >= threshold) & (value > float("-inf"))
-                taken = taken & (
-                    tl.load(protected_ptr + ids, mask=in_range & spread(protect, ids), other=0) == 0
-                )
-                num_listed = _append(listed_ids, listed_scores, num_listed, ids, s, taken)
-                mass_listed += tl.sum(tl.where(taken, tl.exp((s - max_s) / warmth), 0.0))
-            tl.debug_barrier()
-            wanted = tl.load(floats + TOP_P) * mass_z
-            # Sums of the list and of the tiles round apart; near equality everything is listed as well.
-            is_short = (mass_listed < wanted * (1.0 + 1e-5)) & (num_listed < count)
-            if is_short & (row_class == UNFILTERED) & (tl.load(ints + LIST_NUCLEUS) != 0):
-                num_rounds = tl.full((), 2, tl.int32)
-                threshold = tl.full((), float("-inf"), tl.float32)
-    for start in range(0, tl.where(protect & (is_bad == 0), num_protected, 0), BLOCK):
+    while is_short:
+        num_listed = tl.full((), 0, tl.int32)
+        mass_listed = tl.full((), 0.0, tl.float32)
+        num_picked = pick_groups(
+            group_max_ptr, num_groups, threshold, lucky_ptr, list_mode == LIST_LUCKY, group_list_ptr, CHUNK
+        )
+        for start in range(0, num_picked, BLOCK // GROUP):
+            place = start + lane // GROUP
+            ids = tl.load(group_list_ptr + place, mask=place < num_picked, other=0) * GROUP + lane % GROUP
+            in_range = (place < num_picked) & (ids < vocab_size)
+            value, b, s, live = value_of(row, ids, in_range, num_terms)
+            taken = live & (value > float("-inf"))
+            if list_mode == LIST_LUCKY:
+                taken = taken & (value >= tl.load(lucky_ptr + ids // NOISE_GROUP, mask=in_range, other=0.0))
+            else:
+                taken = taken & (value >= threshold)
+            if protect:
+                taken = taken & (tl.load(protected_ptr + ids, mask=in_range, other=0) == 0)
+            taken_int = taken.to(tl.int32)
+            slots = num_listed + tl.cumsum(taken_int, 0) - taken_int
+            tl.store(ids_ptr + slots, ids, mask=taken)
+            tl.store(s_ptr + slots, s, mask=taken)
+            tl.store(b_ptr + slots, b, mask=taken)
+            num_listed += tl.sum(taken_int)
+            if list_mode == LIST_NUCLEUS:
+                weights = tl.exp((value - max_value) / tl.load(floats + TEMPERATURE))
+                mass_listed += tl.sum(tl.where(taken, weights, 0.0))
+        # Sums of the list and of the tiles round apart; near equality everything is listed as well.
+        wanted = tl.load(floats + TOP_P) * mass * (1.0 + 1e-5)
+        is_short = (list_mode == LIST_NUCLEUS) & (mass_listed < wanted) & (num_listed < count)
+        is_short = is_short & (threshold > float("-inf"))
+        threshold = tl.full((), float("-inf"), tl.float32)
+        tl.debug_barrier()
+    for start in range(0, tl.where(protect, num_protected, 0), BLOCK):
         inside = start + lane < num_protected
         ids = tl.load(protected_ids_ptr + start + lane, mask=inside, other=0).to(tl.int32)
-        b, _is_bad_here = load_target(logits_ptr, stride_row, allowed_ptr, ints, ids, inside, vocab_size)
-        live = b > float("-inf")
-        s = combine(
-            b, ids, live, logits_ptr, stride_row, ints, term_ints, term_floats, normalizers, rank_thresholds,
-            num_terms,
-        )  # fmt: skip
-        num_listed = _append(listed_ids, listed_scores, num_listed, ids, s, live)
-
-    summary = summaries_ptr + row * NUM_SUMMARIES
-    tl.store(summary + SUMMARY_MAX_B, max_b)
-    tl.store(summary + SUMMARY_LSE_B, lse_b)
-    tl.store(summary + SUMMARY_LSE_OTHERS, lse_others)
-    tl.store(summary + SUMMARY_LSE_S, lse_s)
-    tl.store(summary + SUMMARY_KL, kl_sum / tl.exp(lse_s - max_s) - lse_s + lse_b)
-    tl.store(summary + SUMMARY_MASS_Z, mass_z)
-    int_summary = int_summaries_ptr + row * NUM_INT_SUMMARIES
-    tl.store(int_summary + SUMMARY_NUM_LISTED, num_listed)
-    tl.store(int_summary + SUMMARY_BAD, is_bad)
-    tl.store(int_summary + SUMMARY_ARGMAX_B, tl.min(argmax_b))
-    tl.store(int_summary + SUMMARY_ARGMAX_S, tl.min(argmax_s))
-    tl.store(int_summary + SUMMARY_COUNT, count)
-    is_partial = (row_class == UNFILTERED) & (num_listed < count)
-    tl.store(int_summary + SUMMARY_IS_PARTIAL, is_partial.to(tl.int32))
+        _, b, s, live = value_of(row, ids, inside, num_terms)
+        live_int = live.to(tl.int32)
+        slots = num_listed + tl.cumsum(live_int, 0) - live_int
+        tl.store(ids_ptr + slots, ids, mask=live)
+        tl.store(s_ptr + slots, s, mask=live)
+        tl.store(b_ptr + slots, b, mask=live)
+        num_listed += tl.sum(live_int)
+    tl.debug_barrier()
+    return num_listed
