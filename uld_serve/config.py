@@ -23,9 +23,9 @@ class EngineSettings:
     max_step_rows: int = 544
     """512 tokens of a prompt and their assistants: one row more would cost a step of its own."""
     max_waiting: int = 256
-    cuda_graphs: bool = False
-    """Replay recorded decode steps on a GPU. Off until the tests on a device (`make gpu-test`) have been run there."""
-
+    cuda_graphs: bool | None = None
+    """Replay recorded decode steps; by default wherever there is a GPU. A recording is used once it has given what the
+    decoder and the sampler give for three steps; one that does not is left alone."""
     overlap: bool | None = None
     """Launch a step while the one before it is in flight. By default on a GPU, which runs beside the host."""
 
@@ -85,7 +85,7 @@ class EngineSettings:
             max_num_seqs=self.max_num_seqs,
             max_step_rows=self.max_step_rows,
             max_waiting=self.max_waiting,
-            cuda_graphs=self.cuda_graphs,
+            cuda_graphs=not on_cpu if self.cuda_graphs is None else self.cuda_graphs,
             overlap=not on_cpu if self.overlap is None else self.overlap,
             late_head=on_cpu if self.head == "auto" else self.head == "late",
         )

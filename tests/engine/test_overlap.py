@@ -354,9 +354,11 @@ def test_a_fault_in_the_sampler_ends_whom_it_ended_before(
     assert ended == ({"victim"} if how == "of one request" else set())
 
 
-def test_by_default_steps_overlap_where_the_device_runs_beside_the_host() -> None:
+def test_by_default_steps_overlap_and_are_recorded_where_the_device_runs_beside_the_host() -> None:
     sizes = {"max_positions": 64, "bytes_per_token": 16}
     on_cpu, on_gpu = (EngineSettings().resolve(**sizes, free_device_bytes=free) for free in (None, 2**30))
     assert (on_cpu.overlap, on_gpu.overlap) == (False, True)
+    assert (on_cpu.cuda_graphs, on_gpu.cuda_graphs) == (False, True)
+    assert not EngineSettings(cuda_graphs=False).resolve(**sizes, free_device_bytes=2**30).cuda_graphs
     assert EngineSettings(overlap=True).resolve(**sizes, free_device_bytes=None).overlap
     assert not EngineSettings(overlap=False).resolve(**sizes, free_device_bytes=2**30).overlap

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from uld_serve.engine.plan import Seat, StreamPlan
 from uld_serve.engine.sequence import Scheduled, Sequence
+from uld_serve.engine.streams import Seat, StreamPlan
 from uld_serve.engine.transfer import to_device
 from uld_serve.model.row_batch import NO_ADAPTER, AssistantRow, OwnRows, RowBatch, SequenceRows
 

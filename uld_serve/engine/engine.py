@@ -8,7 +8,6 @@ and what turns out to be for a request that has ended is thrown away.
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Mapping
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field, replace
@@ -17,10 +16,10 @@ import torch
 
 import uld_serve
 from uld_serve.config import EngineConfig, EngineSettings
+from uld_serve.engine.admission import Admission
 from uld_serve.engine.block_pool import BlockPool
 from uld_serve.engine.cuda_graphs import CudaRecorder, GraphedRunner
-from uld_serve.engine.detokenizer import Detokenizer
-from uld_serve.engine.plan import OWN_POOL, TARGET_POOL, Decision, Plan, Planner, ProfileVersion
+from uld_serve.engine.plan import OWN_POOL, TARGET_POOL, Decision, Planner, ProfileVersion
 from uld_serve.engine.pools import Pools
 from uld_serve.engine.provision import Provision
 from uld_serve.engine.request import Delta, FinishReason, Receipt, SamplingParams, TokenLogprob
@@ -30,7 +29,7 @@ from uld_serve.engine.scheduler import Scheduler
 from uld_serve.engine.sequence import Scheduled, Sequence
 from uld_serve.engine.step import Result, Step, Steps, as_uld_error
 from uld_serve.engine.tokenizer import Tokenizer
-from uld_serve.errors import InvalidRequest, Overloaded, PromptTooLong, UldError
+from uld_serve.errors import InvalidRequest, Overloaded, UldError
 from uld_serve.model.attention_backends import choose
 from uld_serve.model.decoder import Decoder
 from uld_serve.model.loading import Base
@@ -88,6 +87,10 @@ class Engine:
         provision.make(versions, models or {})
 
     @property
+    def _admission(self) -> Admission:
+        return Admission(self.config, self.tokenizer, self.planner, self.pools)
+
+    @property
     def has_work(self) -> bool:
         return bool(self.sequences)
 
@@ -97,25 +100,7 @@ class Engine:
 
     def validate(self, prompt_ids: list[int], params: SamplingParams) -> None:
         """Raise InvalidRequest or PromptTooLong for what can never run; touches no state, so any thread may ask."""
-        limit = self.config.max_model_len
-        if not prompt_ids:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if not all(0 <= token_id < self.tokenizer.vocab_size for token_id in prompt_ids):
-            raise InvalidRequest(f"token ids must be 0 to {self.tokenizer.vocab_size - 1}", param="prompt")
-        if len(prompt_ids) + min(params.max_tokens, 1) > limit:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt_ids)} tokens; this server takes {limit} in all, at least one of them new",
-                param="prompt",
-            )
-        unknown = [
-            i for i in (*params.logit_bias, *params.stop_token_ids) if not 0 <= i < self.tokenizer.vocab_size
-        ]
-        if unknown:
-            field_name = "logit_bias" if unknown[0] in params.logit_bias else "stop_token_ids"
-            raise InvalidRequest(
-                f"token id {unknown[0]} is not in the vocabulary of {self.tokenizer.vocab_size}",
-                param=field_name,
-            )
+        self._admission.validate(prompt_ids, params)
 
     def add(
         self,
@@ -136,44 +121,11 @@ class Engine:
             raise Overloaded(f"{self.num_waiting} requests are waiting; try again later")
         if request_id in self.sequences:
             raise InvalidRequest(f"request id {request_id!r} is in use")
-        plan = self.planner.plan(decision)
-        try:
-            sequence = Sequence(
-                request_id=request_id,
-                prompt_ids=list(prompt_ids),
-                params=params,
-                plan=plan,
-                seed=secrets.randbits(63) if params.seed is None else params.seed,
-                detokenizer=Detokenizer(
-                    self.tokenizer, prompt_ids, stop=params.stop, keep_stop=params.include_stop_str
-                ),
-                max_len=self._max_len(plan, len(prompt_ids) + min(params.max_tokens, 1)),
-                tenant=tenant,
-                lanes=self.pools.lanes(plan.lanes, tenant=cache_salt),
-            )
-        except BaseException:
-            self.planner.release(plan)
-            raise
+        sequence = self._admission.sequence(
+            request_id, prompt_ids, params, decision, tenant=tenant, cache_salt=cache_salt
+        )
         self.sequences[request_id] = sequence
         self.scheduler.add(sequence)
-
-    def _max_len(self, plan: Plan, num_tokens: int) -> int:
-        """How long a sequence can get under a plan. Raises InvalidRequest if `num_tokens` is more, or if a step has
-        too few rows for one token."""
-        if 1 + len(plan.streams) > self.config.max_step_rows:
-            raise InvalidRequest(
-                f"these profiles need {1 + len(plan.streams)} rows a token, a step has {self.config.max_step_rows}"
-            )
-        limits = [self.config.max_model_len, self.pools.longest(plan.lanes)]
-        if plan.max_positions is not None:
-            limits.append(plan.max_positions)
-        if num_tokens > min(limits):
-            raise PromptTooLong(
-                f"under these profiles a sequence can have {min(limits)} tokens in all and this one needs at least "
-                f"{num_tokens}; raise own_kv_bytes if there is memory for it",
-                param="prompt",
-            )
-        return min(limits)
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request now and free all it holds; None if it has ended already."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence as Series
 from dataclasses import dataclass
 
 from uld_serve.engine.block_pool import BlockKeys, BlockPool
-from uld_serve.engine.plan import TARGET_POOL, LanePlan
 from uld_serve.engine.sequence import Lane, Sequence
+from uld_serve.engine.streams import TARGET_POOL, LanePlan
 
 
 @dataclass(slots=True)

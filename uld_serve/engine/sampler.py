@@ -17,9 +17,9 @@ from uld_kernels import SampleShape, StaticSampler, ops, rules
 from uld_kernels.rows import SMALLEST_TEMPERATURE, SampleOutput, SampleRow, ScoreOutput, Term
 
 from uld_serve.engine.batch import Drawn, Want
-from uld_serve.engine.plan import Plan
 from uld_serve.engine.request import Receipt, TokenLogprob
 from uld_serve.engine.sequence import Sequence
+from uld_serve.engine.streams import Plan
 from uld_serve.engine.tokenizer import Tokenizer
 from uld_serve.engine.transfer import to_device, to_host
 from uld_serve.errors import NumericalError, UldError

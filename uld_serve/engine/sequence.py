@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from uld_serve.engine.block_pool import BlockKeys
 from uld_serve.engine.detokenizer import Detokenizer
-from uld_serve.engine.plan import Plan
 from uld_serve.engine.request import Receipt, SamplingParams, TokenLogprob, Usage
+from uld_serve.engine.streams import Plan
 
 
 @dataclass(slots=True, eq=False)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from uld_serve.engine.batch import Batch
 from uld_serve.engine.cuda_graphs import GraphedRunner
-from uld_serve.engine.plan import TARGET_POOL
 from uld_serve.engine.pools import Pools
 from uld_serve.engine.runner import Runner
 from uld_serve.engine.sampler import InFlight, Outcome, Sampler
 from uld_serve.engine.sequence import Scheduled
+from uld_serve.engine.streams import TARGET_POOL
 from uld_serve.errors import UldError
 
 logger = logging.getLogger(__name__)
