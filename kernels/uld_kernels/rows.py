@@ -207,6 +207,10 @@ class LateRows:
 
     def all_scores(self) -> torch.Tensor:
         """(A, W) fp32."""
+        if self.weight_WD.is_cuda and self.hidden_AD.dtype == self.weight_WD.dtype != torch.float32:
+            # Products of halves summed in fp32, and no copy of the head in fp32.
+            scores = torch.mm(self.hidden_AD, self.weight_WD.T, out_dtype=torch.float32)
+            return self._finish(scores, None)
         return self._finish(self.hidden_AD.float() @ self.weight_WD.float().T, None)
 
     def _finish(self, scores: torch.Tensor, ids_K: torch.Tensor | None) -> torch.Tensor:
