@@ -1,11 +1,11 @@
-"""What decode attention computes, against torch's own attention, and the arguments that it refuses."""
+"""What attention of decode steps and of prompts computes, against torch's own, and the arguments that it refuses."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from uld_kernels.attention import decode_attention
+from uld_kernels.attention import decode_attention, prefill_attention
 
 BLOCK_SIZE = 16
 
@@ -95,3 +95,71 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict[str, object], messa
 def test_heads_too_wide_for_a_program_are_refused() -> None:
     with pytest.raises(ValueError, match="up to 256"):
         run(case(width=264))
+
+
+def prompts(**changes: object) -> torch.Tensor:
+    """Two sequences: a chunk at positions 3 to 8 with an assistant's row at 5, and one row at position 39."""
+    generator = torch.Generator().manual_seed(1)
+    given = case(dtype=torch.float64)
+    given["query_NHD"] = torch.randn(9, 4, 8, generator=generator).double()
+    given["rows_SQ"] = torch.tensor([[3, 1, 0, 2, 7, 5, 6], [8, -1, -1, -1, -1, -1, -1]])
+    given["positions_SQ"] = torch.tensor([[3, 4, 5, 6, 7, 8, 5], [39, 0, 0, 0, 0, 0, 0]])
+    del given["lengths_S"]
+    given |= changes
+    pools = [given.pop(name) for name in ("query_NHD", "keys_PKD", "values_PKD")]
+    return prefill_attention(*pools, **{"block_size": BLOCK_SIZE, **given})
+
+
+@pytest.mark.parametrize("window", [None, 4, 100])
+def test_a_prompts_row_sees_its_context_up_to_its_own_position(window: int | None) -> None:
+    """As if each were the only row of a decode step."""
+    given = case(dtype=torch.float64)
+    out_NHD = prompts(scale=0.2, window=window)
+    generator = torch.Generator().manual_seed(1)
+    query_NHD = torch.randn(9, 4, 8, generator=generator).double()
+    seats = [(0, 3, 3), (0, 1, 4), (0, 0, 5), (0, 2, 6), (0, 7, 7), (0, 5, 8), (0, 6, 5), (1, 8, 39)]
+    for sequence, row, position in seats:
+        alone = decode_attention(
+            query_NHD,
+            given["keys_PKD"],
+            given["values_PKD"],
+            rows_SQ=torch.tensor([[row]]),
+            blocks_SB=given["blocks_SB"][sequence : sequence + 1],
+            lengths_S=torch.tensor([position + 1]),
+            block_size=BLOCK_SIZE,
+            scale=0.2,
+            window=window,
+        )
+        torch.testing.assert_close(out_NHD[row], alone[row])
+    assert torch.equal(out_NHD[4], torch.zeros(4, 8).double())
+
+
+def test_what_lies_past_a_prompts_last_row_is_not_read() -> None:
+    given = case(dtype=torch.float64)
+    pools = {name: given[name].clone() for name in ("keys_PKD", "values_PKD")}
+    for pool_PKD in pools.values():
+        pool_PKD[4 * BLOCK_SIZE + 9 : 5 * BLOCK_SIZE] = torch.nan
+        pool_PKD[BLOCK_SIZE : 2 * BLOCK_SIZE] = torch.nan
+    assert torch.equal(prompts(**pools), prompts())
+
+
+def test_a_prompts_row_without_context_is_zero_and_one_beyond_the_table_nan() -> None:
+    positions_SQ = torch.tensor([[3, -1, 5, 6, 7, 48, 5], [39, 0, 0, 0, 0, 0, 0]])
+    out_NHD = prompts(positions_SQ=positions_SQ)
+    assert torch.equal(out_NHD[1], torch.zeros(4, 8).double())
+    assert out_NHD[5].isnan().all()
+    assert out_NHD[[0, 2, 3, 6, 7, 8]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positions_SQ": torch.zeros(2, 6).long()}, "are not those of rows"),
+        ({"positions_SQ": torch.zeros(7, 2).long().T}, "are not those of rows"),
+        ({"blocks_SB": torch.zeros(3, 3).long()}, "different numbers of sequences"),
+        ({"window": 0}, "window 0"),
+    ],
+)
+def test_tables_of_prompts_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prompts(**changes)

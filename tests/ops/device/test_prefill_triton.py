@@ -101,27 +101,31 @@ class Case:
         torch.testing.assert_close(self.ours().double(), self.exact(), rtol=limit, atol=limit)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 130])
-@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("rows", "group"),
+    [*((rows, 3) for rows in (1, 2, 15, 16, 17, 31, 32, 33, 65)), (33, 1), (130, 1), (33, 4), (65, 8)],
+)
 def test_every_length_of_a_prompt_equals_the_definition(rows: int, group: int) -> None:
-    Case(((0, rows, ()),), group=group, seed=rows).check()
+    Case(((0, rows, ()),), num_kv_heads=1 + rows % 2, group=group, width=32, seed=rows).check()
 
 
-@pytest.mark.parametrize("first", [1, 15, 16, 31, 32, 63, 64, 127, 200])
-@pytest.mark.parametrize("rows", [1, 20, 33])
+@pytest.mark.parametrize("first", [1, 15, 16, 31, 32, 63, 64, 127])
+@pytest.mark.parametrize("rows", [1, 20])
 def test_a_chunk_may_begin_anywhere(first: int, rows: int) -> None:
-    Case(((first, rows, ()),), group=3, width=32, seed=first).check()
+    Case(((first, rows, ()),), num_kv_heads=1, group=3, width=32, seed=first).check()
 
 
 @pytest.mark.parametrize("width", [8, 64, 96, 128])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_every_width_and_dtype_equals_the_definition(width: int, dtype: torch.dtype) -> None:
     """In half precision tiles are 128 rows by 64 tokens."""
-    Case(((50, 90, (139,)),), group=4, width=width, dtype=dtype, seed=width).check()
+    case = Case(((50, 40, (89,)),), num_kv_heads=1, group=4, width=width, dtype=dtype, seed=width)
+    case.check()
 
 
 def test_several_sequences_run_in_one_launch() -> None:
-    Case(((0, 70, ()), (64, 1, ()), (33, 40, (72, 72)), (0, 5, (2, 4))), group=3, spare_blocks=2).check()
+    chunks = ((0, 70, ()), (64, 1, ()), (33, 40, (72, 72)), (0, 5, (2, 4)))
+    Case(chunks, group=3, width=32, spare_blocks=2).check()
 
 
 @pytest.mark.parametrize("own", [(7,), (46, 46, 46), (0, 20, 46), tuple(range(47))], ids=len)
@@ -133,18 +137,25 @@ def test_rows_of_assistants_see_up_to_their_own_position(own: tuple[int, ...]) -
 @pytest.mark.parametrize("window", [1, 16, 33, 65, 1000])
 @pytest.mark.parametrize("first", [0, 150])
 def test_a_sliding_window_hides_what_lies_before_it(window: int, first: int) -> None:
-    Case(((first, 70, (first, first + 69)), (0, 3, ())), group=3, window=window, seed=window).check()
+    Case(
+        ((first, 70, (first, first + 69)), (0, 3, ())),
+        num_kv_heads=1,
+        group=3,
+        width=32,
+        window=window,
+        seed=window,
+    ).check()
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 256])
 def test_blocks_of_any_size(block_size: int) -> None:
-    Case(((40, 230, ()), (0, 33, ())), group=2, width=32, block_size=block_size).check()
+    Case(((200, 70, ()), (0, 33, ())), num_kv_heads=1, group=2, width=32, block_size=block_size).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 40])
 def test_a_row_has_the_same_bits_however_its_prompt_is_cut(dtype: torch.dtype, window: int | None) -> None:
-    case = Case(((0, 150, ()), (0, 20, ())), group=3, width=32, dtype=dtype, window=window)
+    case = Case(((0, 150, ()), (0, 20, ())), num_kv_heads=1, group=3, width=32, dtype=dtype, window=window)
     whole = case.ours()
     for first, end in ((0, 37), (37, 101), (101, 150)):
         rows_SQ = case.rows_SQ[:1, first:end].contiguous()
@@ -168,7 +179,9 @@ def test_rows_that_are_not_there_are_neither_read_nor_written() -> None:
 def test_a_row_named_twice_has_one_result() -> None:
     """As groups of rows are filled up."""
     case = Case(((0, 33, ()),), group=2, width=32)
-    padded = [torch.cat([table, table[:, :1].expand(-1, 3)], 1) for table in (case.rows_SQ, case.positions_SQ)]
+    padded = [
+        torch.cat([table, table[:, :1].expand(-1, 3)], 1) for table in (case.rows_SQ, case.positions_SQ)
+    ]
     assert torch.equal(case.ours(rows_SQ=padded[0], positions_SQ=padded[1]), case.ours())
 
 
