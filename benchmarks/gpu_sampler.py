@@ -7,7 +7,6 @@ Legend: R rows of logits, B rows to draw, D model width, V vocabulary."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -105,7 +104,7 @@ def sampler_report(
     batches: Sequence[int],
     bytes_per_s: float,
 ) -> SamplerReport:
-    with kernels_on(), torch.inference_mode():
+    with torch.inference_mode():
         checks = sampler_checks(device, dtype, vocab=vocab, width=width)
         times, left_out = sampler_times(device, vocab=vocab, batches=batches, bytes_per_s=bytes_per_s)
         heads = head_times(device, dtype, vocab=vocab, width=width, batches=batches)
@@ -113,19 +112,9 @@ def sampler_report(
     return SamplerReport(checks, times, heads, found, left_out)
 
 
-@contextmanager
-def kernels_on() -> Iterator[None]:
-    """Sample with the Triton kernels on a GPU, which serving leaves off until this has passed there."""
-    before = ops.IS_TRITON_PROVEN
-    ops.IS_TRITON_PROVEN = True
-    try:
-        yield
-    finally:
-        ops.IS_TRITON_PROVEN = before
-
-
 def sampler_checks(device: torch.device, dtype: torch.dtype, *, vocab: int, width: int) -> list[Check]:
-    checks = [check for name in ROW_KINDS for check in token_checks(name, vocab, device)]
+    checks = proof(device, vocab)
+    checks += [check for name in ROW_KINDS for check in token_checks(name, vocab, device)]
     num_rows = EXACT_ROWS if device.type == "cuda" else EXACT_ROWS_ON_CPU
     head = random_head(vocab, width, device, dtype)
     hidden_SND = random_streams(num_rows, width, device, dtype)
@@ -137,6 +126,16 @@ def sampler_checks(device: torch.device, dtype: torch.dtype, *, vocab: int, widt
         )
         checks.append(Check(what, float(found.wrong_tokens + found.wrong_survivors), found.ok))
     return checks
+
+
+def proof(device: torch.device, vocab: int) -> list[Check]:
+    """On a GPU, whether its kernels have passed their trial; otherwise torch samples, and all else here is of torch."""
+    if device.type != "cuda":
+        return []
+    is_proven = ops.prove(device, vocab)
+    return [
+        Check("the Triton sampler has passed its trial on this device", 0.0 if is_proven else 1.0, is_proven)
+    ]
 
 
 def token_checks(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from gpu_kernels import Check, attention_checks, lora_checks
 from gpu_layers import prefill_checks, step_checks
-from gpu_sampler import kernels_on, token_checks
+from gpu_sampler import proof, token_checks
 from uld_kernels import LateRows
 
 from uld_serve.bench.sampler_kinds import ROW_KINDS
@@ -60,7 +60,8 @@ def _pass(device: torch.device) -> int:
         checks += lora_checks(device, dtype, Shape())
         checks += prefill_checks(device, dtype, Shape())
         checks += step_checks(device, dtype, Shape())
-    with kernels_on(), torch.inference_mode():
+    with torch.inference_mode():
+        checks += proof(device, VOCAB)
         for name in ROW_KINDS:
             checks += token_checks(name, VOCAB, device, num_rows=9)
     checks.append(_late_check(device))

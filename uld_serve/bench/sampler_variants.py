@@ -130,7 +130,13 @@ def _fused_call(case: Case) -> Call:
 def _static_sampler(case: Case) -> StaticSampler:
     rows, none = case.rows(), _no_ids(case)
     shape = SampleShape.of(rows, num_rows=len(rows))
-    sampler = StaticSampler(shape, vocab_size=case.vocab_size, protected_ids=none, device=case.device)
+    sampler = StaticSampler(
+        shape,
+        vocab_size=case.vocab_size,
+        protected_ids=none,
+        device=case.device,
+        dtype=case.logits_NRV.dtype,
+    )
     sampler.fill(rows)
     return sampler
 
