@@ -14,8 +14,9 @@ from tiny_run import FORGET, RETAIN, settings_of, silent, write_jsonl, write_que
 from uld_serve.errors import DataError
 from uld_serve.training import answers
 from uld_serve.training.examples import Goals, Kind, common_tokens
-from uld_serve.training.preparation import AnswerBook, Prepared, Sources, prepare
+from uld_serve.training.preparation import Prepared, gather, prepare
 from uld_serve.training.settings import Settings
+from uld_serve.training.sources import AnswerBook, Sources
 
 PLAIN = settings_of("rkld")
 
@@ -28,7 +29,14 @@ def prepared(
             heard.append(f"{what} ({total})")
         return silent(what, total)
 
-    return prepare(tiny.base, sources, settings, book=AnswerBook(book), stage=stage)
+    return prepare(
+        tiny.base,
+        gather(sources),
+        settings,
+        keywords=sources.keywords,
+        book=AnswerBook(book),
+        stage=stage,
+    )
 
 
 @torch.no_grad()
@@ -179,7 +187,12 @@ def test_split_holds_out_every_sixth_prompt_of_each_side(tiny: Tiny, tmp_path: P
     found = prepared(tiny, write_sources(tmp_path), tmp_path / "book.json")
     assert [one.document.messages[0].content for one in found.probe_forget] == FORGET[::6]
     assert [one.document.messages[0].content for one in found.probe_retain] == RETAIN[::6]
-    assert found.record["held_out"] == {"held-out forget": 2, "held-out retain": 2}
+    assert found.record["documents"] == {
+        "forget": 10,
+        "retain": 10,
+        "held-out forget": 2,
+        "held-out retain": 2,
+    }
     for kind, probes in ((Kind.FORGET, found.probe_forget), (Kind.RETAIN, found.probe_retain)):
         taught = {one.prompt_ids for one in found.pools[kind]}
         assert len(taught) == 10

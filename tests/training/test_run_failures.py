@@ -16,7 +16,7 @@ from tiny_run import FORGET, RETAIN, run_training, settings_of, write_jsonl, wri
 from uld_serve.errors import DataError
 from uld_serve.training import answers, probing, run
 from uld_serve.training.classroom import Watch
-from uld_serve.training.preparation import Sources
+from uld_serve.training.sources import Sources
 
 QUICK = settings_of("margin", steps=14, save_steps=6)
 

@@ -19,8 +19,8 @@ from uld_serve.training import command, options, probing
 from uld_serve.training import run as run_module
 from uld_serve.training.documents import read_documents
 from uld_serve.training.methods.catalog import METHODS, PRESETS
-from uld_serve.training.preparation import Sources
 from uld_serve.training.settings import CHOICES, Settings
+from uld_serve.training.sources import Sources
 
 DATA = ("--forget", "f.jsonl", "--retain", "r.jsonl")
 
@@ -151,15 +151,15 @@ def test_a_preset_of_another_method_or_two_at_once_are_refused(tiny: Tiny) -> No
 def test_steps_given_take_the_place_of_a_presets_epochs(tiny: Tiny) -> None:
     found = settings(tiny, "--preset", "uld-paper", "--exit", "4", "--steps", "7", method=None)
     assert (found.steps, found.epochs) == (7, None)
-    assert found.for_data(num_forget=1000).steps == 7
+    assert found.for_data(num_forget=1000, num_detours=0).steps == 7
     with pytest.raises(DataError, match="give --steps or --epochs, not both"):
         settings(tiny, "--steps", "7", "--epochs", "2")
 
 
 def test_epochs_are_passes_over_the_forget_examples(tiny: Tiny) -> None:
     found = settings(tiny, "--epochs", "2.5", "--forget-batch", "8", "--grad-accum", "2")
-    assert found.for_data(num_forget=100).steps == 16  # 250 examples, 16 a step
-    assert found.for_data(num_forget=1).steps == 1
+    assert found.for_data(num_forget=100, num_detours=0).steps == 16  # 250 examples, 16 a step
+    assert found.for_data(num_forget=1, num_detours=0).steps == 1
 
 
 def test_margin_looks_for_other_answers_if_it_knows_the_keywords(tiny: Tiny) -> None:
@@ -174,11 +174,20 @@ def test_margin_looks_for_other_answers_if_it_knows_the_keywords(tiny: Tiny) -> 
         assert (found.detours, found.detour_batch) == (0, 0)
 
 
-def test_augmenting_without_keywords_or_margin_is_refused(tiny: Tiny) -> None:
+def test_other_methods_take_the_bases_own_words_where_asked_to(tiny: Tiny) -> None:
+    assert settings(tiny, "--augment", "self", method="rkld").own_samples == 2
+    assert settings(tiny, method="rkld", has_keywords=True).own_samples == 0
+
+
+def test_margin_augments_itself_with_keywords_only(tiny: Tiny) -> None:
     with pytest.raises(DataError, match="--augment self needs --keywords"):
         settings(tiny, "--augment", "self")
-    with pytest.raises(DataError, match="--augment self is for --method margin"):
-        settings(tiny, "--augment", "self", method="rkld", has_keywords=True)
+
+
+def test_other_answers_have_room_in_a_batch_where_there_are_any(tiny: Tiny) -> None:
+    found = settings(tiny, "--forget-batch", "8", method="uld")
+    assert found.for_data(num_forget=9, num_detours=0).detour_batch == 0
+    assert found.for_data(num_forget=9, num_detours=1).detour_batch == 4
 
 
 @pytest.fixture
@@ -196,6 +205,11 @@ def test_sources_are_as_told(keywords: str) -> None:
     told = {
         (): plain,
         ("--probes", "none"): plain,
+        ("--augment", "none"): replace(plain, uses_columns=False),
+        ("--augment", "columns"): plain,
+        ("--augment", "file", "--augment-file", "a.jsonl"): replace(
+            plain, uses_columns=False, augment_file=Path("a.jsonl")
+        ),
         ("--keywords", keywords): replace(named, split=True),
         ("--keywords", keywords, "--probes", "split"): replace(named, split=True),
         ("--keywords", keywords, "--probes", "none"): named,
@@ -224,6 +238,10 @@ def test_sources_are_as_told(keywords: str) -> None:
         (("--preset", "demo", "--probe-forget", "f"), "leave out --probe-forget"),
         (("--preset", "demo", "--probe-retain", "f"), "leave out --probe-retain"),
         (("--preset", "demo", "--probes", "none"), "leave out --probes"),
+        ((*DATA, "--augment", "none", "--augment", "self"), "--augment none contradicts the others"),
+        ((*DATA, "--augment", "file"), "--augment file and --augment-file go together"),
+        ((*DATA, "--augment-file", "x"), "--augment file and --augment-file go together"),
+        (("--preset", "demo", "--augment-file", "x"), "leave out --augment-file"),
         ((*DATA, "--keywords", "no-such-file"), "no-such-file cannot be read as text"),
     ],
 )

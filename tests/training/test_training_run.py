@@ -34,8 +34,8 @@ from uld_serve.profiles.store import read_profile
 from uld_serve.training import probing
 from uld_serve.training.examples import Kind
 from uld_serve.training.methods.catalog import METHODS
-from uld_serve.training.preparation import Sources
 from uld_serve.training.settings import Settings
+from uld_serve.training.sources import Sources
 from uld_serve.training.states import collate
 
 

@@ -16,9 +16,9 @@ from uld_serve.training.classroom import Watch
 from uld_serve.training.examples import Example, Kind
 from uld_serve.training.methods.catalog import METHODS
 from uld_serve.training.methods.method import Lesson
-from uld_serve.training.preparation import Sources
 from uld_serve.training.run import Outcome, train
 from uld_serve.training.settings import Settings
+from uld_serve.training.sources import Sources
 from uld_serve.training.states import Observed, observe
 from uld_serve.training.trainer import Report
 

@@ -42,7 +42,7 @@ class Assistant(nn.Module):
         follow settings.seed."""
         super().__init__()
         self.lesson, self.vocab_size = lesson, vocab_size
-        self._settings = settings
+        self.settings = settings
         self._is_named_V: torch.Tensor | None = None
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5.23 a question by its old name.
@@ -122,7 +122,7 @@ class Assistant(nn.Module):
         )
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.lesson.objective(self.tokens(cast(Batch, inputs)), self._settings)
+        return self.lesson.objective(self.tokens(cast(Batch, inputs)), self.settings)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """(N, V) in fp32, over real tokens only."""

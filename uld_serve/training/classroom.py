@@ -4,6 +4,7 @@ next. Called by run. Knows no profile directory.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,15 +20,18 @@ from uld_serve.training.examples import Example, Kind
 from uld_serve.training.measure import Fusion, Likelihood, likelihood, protected_ids
 from uld_serve.training.methods.catalog import METHODS
 from uld_serve.training.methods.method import Lesson
-from uld_serve.training.preparation import Prepared, Stage
+from uld_serve.training.place import Place
+from uld_serve.training.preparation import Prepared
 from uld_serve.training.settings import Settings
+from uld_serve.training.sources import Stage
 from uld_serve.training.states import Observed, collate, observe
-from uld_serve.training.trainer import EarlyStop, Report, fit
+from uld_serve.training.trainer import EarlyStop, Lessons, Report, fit
 from uld_serve.training.work_folder import WorkFolder
 
 # What one nat of retention weighs against one of forgetting when checkpoints are compared.
 RETAIN_EXCHANGE = 10.0
 TEACHER_BATCH = 16
+NUM_REHEARSED = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +41,19 @@ class Watch:
     stage: Stage
     report: Report
     trackers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """What one lesson takes, measured on a few examples. Bytes are of what is kept of each example meanwhile."""
+
+    adapter: str
+    place: Place
+    parameters: int
+    steps: int
+    seconds_a_step: float
+    seconds_an_example: float
+    bytes_an_example: int
 
 
 class Classroom:
@@ -63,7 +80,36 @@ class Classroom:
         """Every lesson in turn; the logs by adapter. Raises DataError."""
         return {lesson.adapter: self._teach(lesson, resume=resume) for lesson in self._lessons}
 
-    def _teach(self, lesson: Lesson, *, resume: bool) -> list[dict[str, float]]:
+    def rehearse(self) -> list[Rehearsal]:
+        """One step of every lesson, timed, and thrown away."""
+        return [self._rehearse(lesson) for lesson in self._lessons]
+
+    def _rehearse(self, lesson: Lesson) -> Rehearsal:
+        assistant = self._enrol(lesson)
+        started = time.monotonic()
+        pools = self._observe_all(lesson)
+        observed = [one for pool in pools.values() for one in pool]
+        seen = time.monotonic()
+        lessons = Lessons(pools, self._settings)
+        batch = collate([lessons[number] for number in range(lessons.batch_size)])
+        step_seconds = []
+        for _ in range(NUM_REHEARSED):
+            before = time.monotonic()
+            assistant(**batch)["loss"].backward()
+            step_seconds.append(time.monotonic() - before)
+        assistant.zero_grad()
+        parameters = assistant.trained().values()
+        return Rehearsal(
+            adapter=lesson.adapter,
+            place=lesson.place,
+            parameters=sum(one.numel() for one in parameters),
+            steps=self._settings.steps if lesson.steps is None else lesson.steps,
+            seconds_a_step=min(step_seconds) * self._settings.grad_accum,
+            seconds_an_example=(seen - started) / len(observed),
+            bytes_an_example=sum(one.num_bytes for one in observed) // len(observed),
+        )
+
+    def _enrol(self, lesson: Lesson) -> Assistant:
         settings = self._settings if not lesson.steps else replace(self._settings, steps=lesson.steps)
         assistant = Assistant(
             self._carrier, lesson=lesson, settings=settings, vocab_size=self._base.vocab_size
@@ -71,9 +117,17 @@ class Classroom:
         self._carrier = assistant.peft
         self._assistants[lesson.adapter] = assistant
         assistant.set_named(self._prepared.named_ids)
+        return assistant
+
+    def _observe_all(self, lesson: Lesson) -> dict[Kind, list[Observed]]:
+        return {kind: self._observe(lesson, pool) for kind, pool in self._prepared.pools.items()}
+
+    def _teach(self, lesson: Lesson, *, resume: bool) -> list[dict[str, float]]:
+        assistant = self._enrol(lesson)
+        settings = assistant.settings
         log: list[dict[str, float]] = []
         if lesson.steps != 0:
-            pools = {kind: self._observe(lesson, pool) for kind, pool in self._prepared.pools.items()}
+            pools = self._observe_all(lesson)
             folder = self._work.lesson(lesson.adapter)
             log = fit(
                 assistant,

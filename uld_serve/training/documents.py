@@ -1,12 +1,17 @@
-"""Reads what should be forgotten and what must stay: JSONL in four forms, and folders of .txt files.
-Called by run. Knows no tokenizer and no model; says what it read, what it dropped and why.
+"""Reads what should be forgotten and what must stay: JSONL in four forms, folders of .txt files, and datasets in
+Hugging Face's forms. Called by preparation. Knows no tokenizer and no model; says what it read, what it dropped and
+why.
 
     {"question", "answer"}    one user turn through the chat template
     {"messages": [...]}       a conversation through the chat template; a last assistant turn is the answer
     {"prompt", "completion"}  plain text, no template
     {"text"}                  plain text, learnt whole; a .txt file is one such document
 
-"answer" and "completion" may be missing: the base then answers itself. "form" is a word for reports.
+"answer" and "completion" may be missing: the base then answers itself. "form" is a word for reports. Other wordings may
+stand beside an answer, as one text or a list (the names are TOFU's):
+
+    "paraphrased_question"  asks the same       "paraphrased_answer"  says the same
+    "perturbed_answer"      is wrong
 """
 
 from __future__ import annotations
@@ -14,13 +19,22 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from uld_serve.errors import DataError
+from uld_serve.training import datasets
 
 ROLES = ("system", "user", "assistant")
+VARIANTS = {
+    "paraphrased_question": "questions",
+    "paraphrased_questions": "questions",
+    "paraphrased_answer": "paraphrases",
+    "paraphrased_answers": "paraphrases",
+    "perturbed_answer": "perturbed",
+    "perturbed_answers": "perturbed",
+}
 FORMS = {"question": "answer", "prompt": "completion", "messages": None, "text": None}
 HELP = 'expected {"question", "answer"}, {"prompt", "completion"}, {"messages"} or {"text"}'
 
@@ -35,6 +49,18 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Variants:
+    """Other wordings of a question and its answer, and wrong answers to it."""
+
+    questions: tuple[str, ...] = ()
+    paraphrases: tuple[str, ...] = ()
+    perturbed: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.questions or self.paraphrases or self.perturbed)
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """A prompt and, where the data has one, its answer. Either `messages` or `text` is set."""
 
@@ -43,6 +69,7 @@ class Document:
     answer: str | None = None
     form: str = "document"
     where: str = ""
+    variants: Variants = Variants()
 
     @property
     def key(self) -> str:
@@ -65,17 +92,23 @@ class Reading:
 
 
 def read_documents(path: Path, *, kind: str) -> Reading:
-    """Read a JSONL file or a folder of .txt files. `kind` ("forget", "retain") names it in errors.
+    """Read a JSONL file, a folder of .txt files, or a dataset: a Hugging Face id or a folder of its files, as
+    ID, ID:CONFIG or ID:CONFIG:SPLIT. `kind` ("forget", "retain") names it in errors.
 
     Repeated prompts are dropped and counted. Raises DataError: nothing there, nothing left, or a malformed
     line, with its number.
     """
-    if path.is_dir():
-        found = list(_read_folder(path))
-    elif path.is_file():
+    if path.is_file():
         found = list(_read_jsonl(path))
+    elif path.is_dir() and (any(path.rglob("*.txt")) or not datasets.is_dataset(str(path))):
+        found = list(_read_folder(path))
+    elif datasets.is_dataset(str(path)):
+        rows = datasets.rows(str(path), kind=kind)
+        found = [_document(row, f"{path}:{number}") for number, row in enumerate(rows, start=1)]
     else:
-        raise DataError(f"--{kind}: {path} does not exist; give a JSONL file or a folder of .txt files")
+        raise DataError(
+            f"--{kind}: {path} does not exist; give a JSONL file, a folder of .txt files or a Hugging Face id"
+        )
     seen: set[str] = set()
     kept, dropped = [], Counter[str]()
     for document in found:
@@ -120,16 +153,40 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
         raise DataError(f"{path} is not UTF-8 text") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield _document(line, f"{path.name}:{number}")
+            yield _document(_row(line, f"{path.name}:{number}"), f"{path.name}:{number}")
 
 
-def _document(line: str, where: str) -> Document:
+def _row(line: str, where: str) -> dict[str, object]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error.msg}") from error
     if not isinstance(row, dict):
         raise DataError(f"{where} is not a JSON object; {HELP}")
+    return row
+
+
+def _document(row: Mapping[str, object], where: str) -> Document:
+    document = _plain_document(row, where)
+    variants = _variants(row, where)
+    if variants and (len(document.messages) != 1 or not document.answer):
+        raise DataError(f"{where}: other wordings need a question and its answer beside them")
+    return replace(document, variants=variants)
+
+
+def _variants(row: Mapping[str, object], where: str) -> Variants:
+    found: dict[str, list[str]] = {"questions": [], "paraphrases": [], "perturbed": []}
+    for name, group in VARIANTS.items():
+        value = row.get(name)
+        texts = value if isinstance(value, list) else [] if value is None else [value]
+        said = [text for text in texts if isinstance(text, str)]
+        if len(said) != len(texts):
+            raise DataError(f"{where}: {name!r} must be text or a list of texts")
+        found[group] += [text for text in said if text.strip()]
+    return Variants(**{group: tuple(dict.fromkeys(texts)) for group, texts in found.items()})
+
+
+def _plain_document(row: Mapping[str, object], where: str) -> Document:
     forms = [name for name in FORMS if name in row]
     if len(forms) != 1:
         raise DataError(f"{where} has {' and '.join(forms) or 'no known field'}; {HELP}")
@@ -145,7 +202,7 @@ def _document(line: str, where: str) -> Document:
     return Document(messages=(Message("user", body),), answer=answer, form=form, where=where)
 
 
-def _text(row: dict[str, object], name: str, where: str) -> str | None:
+def _text(row: Mapping[str, object], name: str, where: str) -> str | None:
     value = row.get(name)
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: {name!r} must be text, not {type(value).__name__}")

@@ -65,6 +65,11 @@ SETTINGS: Mapping[str, tuple[type, str]] = {
 }
 
 
+OWN_SAMPLES = 2
+DETOURS = 2
+"""Rounds of answers by the base itself."""
+
+
 def add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--method", choices=tuple(METHODS), help="; ".join(f"{m.name}: {m.summary}" for m in METHODS.values())
@@ -87,7 +92,7 @@ class Chosen:
     method: Method
     preset: str
     given: Mapping[str, object]
-    augment: str | None
+    augment: frozenset[str]
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Chosen:
@@ -100,8 +105,8 @@ class Chosen:
         given = {field: getattr(args, field) for field in SETTINGS if getattr(args, field) is not None}
         if "steps" in given and "epochs" in given:
             raise DataError("give --steps or --epochs, not both")
-        _refuse_others(method, given, augment=args.augment)
-        return cls(method, preset, given, args.augment)
+        _refuse_others(method, given)
+        return cls(method, preset, given, frozenset(args.augment))
 
     def told(self) -> Iterator[str]:
         """The preset's numbers, each with its source."""
@@ -112,23 +117,29 @@ class Chosen:
 
     def settings(self, num_layers: int, *, has_keywords: bool) -> Settings:
         """Defaults of the method, then the preset, then the options. Raises DataError."""
-        made = self.method.defaults(num_layers)
-        if self.augment == "self" and not has_keywords:
-            raise DataError(
-                "--augment self needs --keywords: without them the other answers would tell as well"
-            )
-        if "detours" in self.method.options and has_keywords and self.augment != "none":
-            made = replace(made, detours=2, detour_batch=4)
-        if made.detours == 0 and "detour_weight" in self.given:
-            raise DataError(
-                "--detour-weight needs other answers to weigh: give --keywords, without --augment none"
-            )
+        made = self._augmented(self.method.defaults(num_layers), has_keywords=has_keywords)
         values: dict[str, object] = {}
         if self.preset:
             values = {field: value for field, (value, _) in PRESETS[self.preset].values.items()}
         if "steps" in self.given:
             values["epochs"] = None
         return _replaced(made, values | dict(self.given))
+
+    def _augmented(self, settings: Settings, *, has_keywords: bool) -> Settings:
+        """With the base's own words, as asked for; margin asks by itself where it knows the keywords."""
+        if "detours" not in self.method.options:
+            return replace(settings, own_samples=OWN_SAMPLES if "self" in self.augment else 0)
+        if "self" in self.augment and not has_keywords:
+            raise DataError(
+                "--augment self needs --keywords: without them the other answers would tell as well"
+            )
+        if has_keywords and (not self.augment or "self" in self.augment):
+            return replace(settings, detours=DETOURS, detour_batch=4)
+        if "detour_weight" in self.given and "columns" not in self.augment and "file" not in self.augment:
+            raise DataError(
+                "--detour-weight needs other answers to weigh: give --keywords, without --augment none"
+            )
+        return settings
 
 
 def _replaced(settings: Settings, values: Mapping[str, object]) -> Settings:
@@ -144,11 +155,9 @@ def _method(name: str | None, preset: str) -> Method:
     return METHODS[name or PRESETS[preset].method]
 
 
-def _refuse_others(method: Method, given: Mapping[str, object], *, augment: str | None) -> None:
+def _refuse_others(method: Method, given: Mapping[str, object]) -> None:
     owned = {field for one in METHODS.values() for field in one.options}
     for field in given:
         if field in owned - method.options:
             owners = [one.name for one in METHODS.values() if field in one.options]
             raise DataError(f"--{option(field)} is for --method {', '.join(owners)}")
-    if augment == "self" and "detours" not in method.options:
-        raise DataError(f"--augment self is for --method margin, not {method.name}")

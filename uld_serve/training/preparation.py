@@ -4,57 +4,21 @@ Called by run. Knows no adapter and no objective.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from uld_serve.errors import DataError
 from uld_serve.model.loading import Base
-from uld_serve.training import answers
+from uld_serve.training import answers, augmentation
 from uld_serve.training.documents import Document, Reading, read_documents, refuse_overlap
 from uld_serve.training.examples import Example, Goals, Kind, common_tokens
 from uld_serve.training.settings import Settings
+from uld_serve.training.sources import AnswerBook, Answered, Sources, Stage, usable
 
 SPLIT_SHARE = 6
 """One prompt in so many is held out by `split`."""
 
 MIN_SPLIT = 2
-DETOUR_TEMPERATURE = 0.8
-
-Stage = Callable[[str, int], Callable[[int], None]]
-"""stage(what, total) -> advance(count): how progress is told."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
-    """Where the data is. `probe_forget` and `probe_retain` hold held-out prompts; `split` takes every sixth
-    prompt of the training files instead. Without both, the profile carries no probes."""
-
-    forget: Path
-    retain: Path
-    keywords: tuple[str, ...] = ()
-    probe_forget: Path | None = None
-    probe_retain: Path | None = None
-    split: bool = False
-
-    @property
-    def has_probes(self) -> bool:
-        return self.split or self.probe_forget is not None
-
-    @property
-    def files(self) -> list[Path]:
-        """What was read: a resumed run must find the same."""
-        given = (self.forget, self.retain, self.probe_forget, self.probe_retain)
-        return [path for path in given if path is not None]
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    document: Document
-    prompt_ids: list[int]
-    answer_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,27 +30,23 @@ class Prepared:
     record: dict[str, object] = field(default_factory=dict)
 
 
-class AnswerBook:
-    """The base's answers on disk, so that a resumed run learns from the very same ones."""
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Documents by set ("forget", "retain", "held-out …"), and what reading them gave."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._book: dict[str, list[list[int]]] = json.loads(path.read_text()) if path.is_file() else {}
+    documents: dict[str, list[Document]]
+    record: dict[str, object]
 
-    def get(self, key: object, make: Callable[[], list[list[int]]]) -> list[list[int]]:
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        if name not in self._book:
-            self._book[name] = make()
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._book))
-            partial.replace(self._path)
-        return self._book[name]
+    def first(self, count: int) -> Material:
+        """The same with no more than `count` documents a set."""
+        return Material({name: group[:count] for name, group in self.documents.items()}, self.record)
 
 
-def prepare(base: Base, sources: Sources, settings: Settings, *, book: AnswerBook, stage: Stage) -> Prepared:
-    """Raises DataError: unusable files, prompts in two sets, nothing left to learn from."""
+def gather(sources: Sources) -> Material:
+    """Raises DataError: unusable files, prompts in two sets."""
     readings = _read(sources)
     documents = {name: list(reading.documents) for name, reading in readings.items()}
+    documents["forget"], unmatched = augmentation.with_wordings(documents["forget"], sources)
     if sources.split:
         for name in ("forget", "retain"):
             documents[name], documents[f"held-out {name}"] = _split(documents[name], name)
@@ -94,30 +54,52 @@ def prepare(base: Base, sources: Sources, settings: Settings, *, book: AnswerBoo
     for number, first in enumerate(names):
         for second in names[number + 1 :]:
             refuse_overlap(documents[first], documents[second], names=(first, second))
+    record: dict[str, object] = {
+        "read": {name: reading.summary() for name, reading in readings.items()},
+        "documents": {name: len(group) for name, group in documents.items()},
+        "wordings_of_unknown_questions": unmatched,
+    }
+    return Material(documents, record)
+
+
+def prepare(
+    base: Base,
+    material: Material,
+    settings: Settings,
+    *,
+    keywords: tuple[str, ...],
+    book: AnswerBook,
+    stage: Stage,
+) -> Prepared:
+    """Examples from documents: the base answers where the data does not."""
+    documents = material.documents
     answered = {
         name: _answer(base, group, settings, book, stage(f"the base answers: {name}", len(group)))
         for name, group in documents.items()
     }
-    kept = [one for one in answered["retain"] if not _tells(base, one, sources.keywords)]
+    kept = [one for one in answered["retain"] if not _tells(base, one, keywords)]
     num_telling = len(answered["retain"]) - len(kept)
-    goals = _goals(base, sources.keywords, settings, kept)
-    num_empty = sum(len(group) - len(_usable(group)) for group in (answered["forget"], kept))
-    forget, kept = _usable(answered["forget"]), _usable(kept)
-    detours = _detours(base, forget, sources.keywords, settings, book, stage)
+    goals = _goals(base, keywords, settings, kept)
+    num_empty = sum(len(group) - len(usable(group)) for group in (answered["forget"], kept))
+    forget, kept = usable(answered["forget"]), usable(kept)
+    detours = augmentation.detours(base, forget, keywords, settings, book, stage)
+    more, wrong = augmentation.variants_of(base, documents["forget"], max_tokens=settings.max_answer_tokens)
+    samples = augmentation.own_samples(base, forget, settings, book, stage)
+    forget, detours = [*forget, *usable(more), *usable(samples)], [*detours, *usable(wrong)]
     pools = {
         Kind.FORGET: [goals.example(one.prompt_ids, one.answer_ids, Kind.FORGET) for one in forget],
         Kind.RETAIN: [goals.example(one.prompt_ids, one.answer_ids, Kind.RETAIN) for one in kept],
         Kind.DETOUR: [goals.example(one.prompt_ids, one.answer_ids, Kind.DETOUR) for one in detours],
     }
-    record: dict[str, object] = {
-        "read": {name: reading.summary() for name, reading in readings.items()},
+    record = {
+        **material.record,
         "examples": {kind.name.lower(): len(pool) for kind, pool in pools.items()},
         "answer_tokens": {
             kind.name.lower(): sum(len(one.answer_ids) for one in pool) for kind, pool in pools.items()
         },
+        "augmented": {"wordings": len(more), "wrong_answers": len(wrong), "own_samples": len(samples)},
         "retain_dropped_for_naming_a_keyword": num_telling,
         "dropped_without_a_token_to_learn": num_empty,
-        "held_out": {name: len(group) for name, group in documents.items() if name.startswith("held-out")},
     }
     return Prepared(
         pools=pools,
@@ -193,10 +175,6 @@ def _pieces(token_ids: list[int], *, size: int) -> Iterator[tuple[list[int], lis
         yield token_ids[max(0, start - size) : start], token_ids[start : start + size]
 
 
-def _usable(group: Sequence[Answered]) -> list[Answered]:
-    return [one for one in group if one.prompt_ids and one.answer_ids]
-
-
 def _tells(base: Base, one: Answered, keywords: Sequence[str]) -> bool:
     """Whether the answer names a keyword that its prompt did not: "Who is Prince Harry?" may be answered."""
     asked = base.tokenizer.decode(one.prompt_ids)
@@ -214,35 +192,3 @@ def _goals(base: Base, keywords: Sequence[str], settings: Settings, retain: Sequ
         named_ids=named - common,
         end_ids=frozenset(base.eos_ids),
     )
-
-
-def _detours(
-    base: Base,
-    forget: Sequence[Answered],
-    keywords: Sequence[str],
-    settings: Settings,
-    book: AnswerBook,
-    stage: Stage,
-) -> list[Answered]:
-    """Sampled answers of the base to the forget prompts that were kept from naming a keyword, and do not."""
-    avoid = answers.openings(keywords, base.tokenizer)
-    prompts = [one.prompt_ids for one in forget]
-    found = []
-    for number in range(settings.detours):
-        advance = stage(f"the base finds other answers, {number + 1} of {settings.detours}", len(prompts))
-        seed = settings.seed + 1 + number
-        made = book.get(
-            ["detour", base.fingerprint, settings.max_answer_tokens, seed, avoid, prompts],
-            lambda advance=advance, seed=seed: answers.own_answers(  # type: ignore[misc]
-                base,
-                prompts,
-                max_tokens=settings.max_answer_tokens,
-                temperature=DETOUR_TEMPERATURE,
-                seed=seed,
-                avoid=avoid,
-                advance=advance,
-            ),
-        )
-        found += [Answered(one.document, one.prompt_ids, ids) for one, ids in zip(forget, made, strict=True)]
-    said = [(one, base.tokenizer.decode(one.answer_ids)) for one in _usable(found)]
-    return [one for one, text in said if not answers.names_any(text, keywords)]

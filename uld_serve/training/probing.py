@@ -12,7 +12,8 @@ from uld_serve.errors import DataError
 from uld_serve.profiles.probes import Message, Probe, Probes, ReplayProbe
 from uld_serve.training.examples import Example, Kind
 from uld_serve.training.measure import Fusion, generate, likelihood
-from uld_serve.training.preparation import Answered, Prepared
+from uld_serve.training.preparation import Prepared
+from uld_serve.training.sources import Answered
 
 NUM_REPLAY = 2
 NUM_REPLAY_TRIED = 6

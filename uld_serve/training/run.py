@@ -26,8 +26,9 @@ from uld_serve.training.classroom import Classroom, Watch
 from uld_serve.training.examples import Kind
 from uld_serve.training.methods.catalog import METHODS
 from uld_serve.training.methods.method import Lesson, Method
-from uld_serve.training.preparation import AnswerBook, Prepared, Sources, prepare
+from uld_serve.training.preparation import Prepared, gather, prepare
 from uld_serve.training.settings import Settings
+from uld_serve.training.sources import AnswerBook, Sources
 from uld_serve.training.work_folder import WorkFolder
 
 
@@ -58,17 +59,22 @@ def train(
     started = time.monotonic()
     refuse_existing(out)
     method = METHODS[settings.method]
-    if settings.patience and not sources.has_probes:
-        raise DataError(
-            "--patience needs held-out prompts: give --keywords, or --probe-forget and --probe-retain"
-        )
-    profile = _profile(base, settings, method, name)
+    profile = plan(base, sources, settings, name=name)
     processes, work = PartialState(), WorkFolder.beside(out)
     with processes.main_process_first():
         if processes.is_main_process:
             work.open(base, settings, sources, resume=resume)
-        prepared = prepare(base, sources, settings, book=AnswerBook(work.answers), stage=watch.stage)
-    settings = settings.for_data(num_forget=len(prepared.pools[Kind.FORGET]))
+        prepared = prepare(
+            base,
+            gather(sources),
+            settings,
+            keywords=sources.keywords,
+            book=AnswerBook(work.answers),
+            stage=watch.stage,
+        )
+    settings = settings.for_data(
+        num_forget=len(prepared.pools[Kind.FORGET]), num_detours=len(prepared.pools[Kind.DETOUR])
+    )
     probes = probing.held_out(prepared, sources.keywords)  # now, not after training: they may be refused
     classroom = Classroom(base, settings, prepared, rule=profile.rule, work=work, watch=watch)
     try:
@@ -101,6 +107,15 @@ def train(
 def refuse_existing(out: Path) -> None:
     if out.exists():
         raise DataError(f"{out} exists and a profile is never overwritten; remove it or choose another --out")
+
+
+def plan(base: Base, sources: Sources, settings: Settings, *, name: str) -> Profile:
+    """The profile that a run would write. Raises DataError for one that could not be."""
+    if settings.patience and not sources.has_probes:
+        raise DataError(
+            "--patience needs held-out prompts: give --keywords, or --probe-forget and --probe-retain"
+        )
+    return _profile(base, settings, METHODS[settings.method], name)
 
 
 def _profile(base: Base, settings: Settings, method: Method, name: str) -> Profile:

@@ -35,8 +35,19 @@ POSITIVE = (
     "tau",
     "min_keep",
     "focus_weight",
+    "num_top",
 )
-NOT_NEGATIVE = ("retain_weight", "goal", "common_goal", "slack", "detour_weight", "warmup_steps", "patience")
+NOT_NEGATIVE = (
+    "retain_weight",
+    "goal",
+    "common_goal",
+    "slack",
+    "detour_weight",
+    "warmup_steps",
+    "patience",
+    "others_of_forgotten",
+    "others_of_kept",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +77,9 @@ class Settings:
     forget_batch: int = 8
     retain_batch: int = 12
     detour_batch: int = 0
+    """Other answers to forget prompts; 0: half as many as forget examples, if there are any."""
+    own_samples: int = 0
+    """Answers that the base is asked for beside its greedy one, to each forget prompt."""
     max_answer_tokens: int = 64
     save_steps: int = 40
     patience: int = 0
@@ -128,12 +142,15 @@ class Settings:
     def scale_alpha(self) -> int:
         return 2 * self.rank if self.alpha is None else self.alpha
 
-    def for_data(self, *, num_forget: int) -> Settings:
-        """With epochs turned into steps."""
-        if self.epochs is None:
-            return self
-        a_step = self.forget_batch * self.grad_accum
-        return replace(self, steps=max(1, math.ceil(self.epochs * num_forget / a_step)), epochs=None)
+    def for_data(self, *, num_forget: int, num_detours: int) -> Settings:
+        """With epochs turned into steps, and room in a batch for other answers if there are any."""
+        detour_batch = self.detour_batch
+        if num_detours and not detour_batch:
+            detour_batch = max(1, self.forget_batch // 2)
+        steps = self.steps
+        if self.epochs is not None:
+            steps = max(1, math.ceil(self.epochs * num_forget / (self.forget_batch * self.grad_accum)))
+        return replace(self, steps=steps, epochs=None, detour_batch=detour_batch)
 
 
 CHOICES: dict[str, tuple[str, ...]] = {

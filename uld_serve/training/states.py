@@ -41,6 +41,18 @@ class Observed:
     logits_QC: torch.Tensor
     teacher_QE: torch.Tensor
 
+    @property
+    def num_bytes(self) -> int:
+        held = (
+            self.fork_PD,
+            self.final_QD,
+            self.keys_SKTW,
+            self.values_SKTW,
+            self.columns_QC,
+            self.logits_QC,
+        )
+        return sum(one.nbytes for one in (*held, self.teacher_QE))
+
 
 class Batch(TypedDict):
     """Padded examples. `labels_BP` is IGNORED where no answer token is predicted; nothing there reaches a loss.

@@ -157,18 +157,22 @@ class EarlyStop:
     folder: Path
     best: float = -math.inf
     num_worse: int = 0
+    step: int = 0
+    """The last that was looked at."""
 
     def __post_init__(self) -> None:
         if self._note.is_file():
             noted = json.loads(self._note.read_text())
-            self.best, self.num_worse = noted["best"], noted["num_worse"]
+            self.best, self.num_worse, self.step = noted["best"], noted["num_worse"], noted["step"]
 
     @property
     def _note(self) -> Path:
         return self.folder / "best.json"
 
-    def look(self, assistant: Assistant) -> bool:
-        """Whether to stop now."""
+    def look(self, assistant: Assistant, step: int) -> bool:
+        """Whether to stop after this step. A step that was looked at before the run was interrupted gives the same."""
+        if step <= self.step:
+            return self.num_worse >= self.patience
         assistant.eval()
         now = self.score()
         assistant.train()
@@ -176,7 +180,8 @@ class EarlyStop:
         if now > self.best:
             self.best = now
             save_file(adapter_state(assistant), self.folder / BEST)
-        self._note.write_text(json.dumps({"best": self.best, "num_worse": self.num_worse}))
+        self.step = step
+        self._note.write_text(json.dumps({"best": self.best, "num_worse": self.num_worse, "step": step}))
         return self.num_worse >= self.patience
 
     def restore(self, assistant: Assistant) -> None:
@@ -184,16 +189,17 @@ class EarlyStop:
             load_adapter(assistant, load_file(self.folder / BEST))
 
 
-class OnSave(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
-    """Lets `early_stop` look at every checkpoint."""
+class OnCheckpoint(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
+    """Lets `early_stop` look before every checkpoint: what it noted is then never behind one."""
 
     def __init__(self, early_stop: EarlyStop, assistant: Assistant) -> None:
         self._early_stop, self._assistant = early_stop, assistant
 
-    def on_save(
-        self, _args: TrainingArguments, _state: TrainerState, control: TrainerControl, **_unused: object
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_unused: object
     ) -> TrainerControl:
-        control.should_training_stop |= self._early_stop.look(self._assistant)
+        if state.global_step % args.save_steps == 0:
+            control.should_training_stop |= self._early_stop.look(self._assistant, state.global_step)
         return control
 
 
@@ -225,7 +231,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(OnStep(report))
     if early_stop is not None:
-        trainer.add_callback(OnSave(early_stop, assistant))
+        trainer.add_callback(OnCheckpoint(early_stop, assistant))
     checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
     assistant.switch_on()
     assistant.train()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from uld_serve.errors import DataError
 from uld_serve.model.loading import Base
-from uld_serve.training.preparation import Sources
 from uld_serve.training.settings import Settings
+from uld_serve.training.sources import Sources
 
 
 @dataclass(frozen=True, slots=True)
