@@ -79,7 +79,10 @@ def _above_thresholds(lane: Lane) -> Found:
     for place in range(max(map(len, filters))):
         # A row with fewer filters takes its last one again.
         chosen = [row[min(place, len(row) - 1)] for row in filters]
-        kth_N = torch.stack([kth[min_keep][n] for n, (_, min_keep) in enumerate(chosen)])
+        kth_N = kth[sizes[0]]
+        for size in sizes[1:]:
+            has_size_N = torch.tensor([min_keep == size for _, min_keep in chosen], device=kth_N.device)
+            kth_N = torch.where(has_size_N, kth[size], kth_N)
         near_N = reference.relative_threshold(lane.best_N, lane.column([log(tau) for tau, _ in chosen]))
         threshold_N = torch.maximum(threshold_N, torch.minimum(near_N, kth_N))
     return found.where(found.value_C >= threshold_N.index_select(0, found.row_C))

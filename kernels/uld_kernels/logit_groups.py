@@ -200,5 +200,8 @@ def merged(first: Found, second: Found) -> Found:
     order = torch.full((num_first + num_second,), -1, device=key_C.device)
     order.index_copy_(0, place_D, torch.arange(num_first, num_first + num_second, device=key_C.device))
     order.index_copy_(0, true_indices(order < 0), torch.arange(num_first, device=key_C.device))
-    pairs = (first.row_C, second.row_C), (first.id_C, second.id_C), (first.value_C, second.value_C)
-    return Found(*(torch.cat(pair).index_select(0, order) for pair in pairs))
+    return Found(
+        torch.cat([first.row_C, second.row_C]).index_select(0, order),
+        torch.cat([first.id_C, second.id_C]).index_select(0, order),
+        torch.cat([first.value_C, second.value_C]).index_select(0, order),
+    )
