@@ -94,7 +94,7 @@ class FusedLayer(nn.Module):
         qkv_NX = self.qkv(self.attention_norm(hidden_ND))
         self._prepare(qkv_NX, position_embeddings)
         hidden_ND = self.out(attend(self.index, qkv_NX, geometry, self.heads), hidden_ND)
-        return self.down(self._gate(self.gate_up(self.mlp_norm(hidden_ND))), hidden_ND)[None]
+        return self.down.added_into(hidden_ND, self._gate(self.gate_up(self.mlp_norm(hidden_ND))))[None]
 
     def _prepare(self, qkv_NX: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Norm and rotate queries and keys in place (arXiv 2104.09864, Eq. 34, in Hugging Face's half-split order)."""

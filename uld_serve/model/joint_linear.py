@@ -41,6 +41,13 @@ class JointLinear:
     def __call__(self, x_NI: torch.Tensor, residual_NO: torch.Tensor | None = None) -> torch.Tensor:
         return self.delta.product(x_NI, lambda: self._product(x_NI, residual_NO))
 
+    def added_into(self, residual_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
+        """The same, where the residual is not needed any more: it may be overwritten, which saves copying it."""
+        if self._weight_OI is None or self._bias_O is not None:
+            return self(x_NI, residual_NO)
+        weight_IO = self._weight_OI.T
+        return self.delta.product(x_NI, lambda: residual_NO.addmm_(x_NI, weight_IO))
+
     def _product(self, x_NI: torch.Tensor, residual_NO: torch.Tensor | None) -> torch.Tensor:
         if self._packed is not None:
             return self._packed(x_NI) if residual_NO is None else self._packed.added_to(residual_NO, x_NI)
