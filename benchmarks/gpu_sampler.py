@@ -1,18 +1,18 @@
 """Checks and times the sampler at a model's own vocabulary: the same tokens as the torch sampler (G7), none that fp64
-would not take (G8), every kind of rows against its floor and the plain chain (G1), and what unlearning adds to the head
-(G2). Called by gpu.py; on a CPU the same calls run in plain torch.
+would not take (G8), and every kind of rows against its floor and the plain chain (G1). Called by gpu.py; on a CPU the
+same calls run in plain torch.
 
 Legend: R rows of logits, B rows to draw, D model width, V vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from exactness import RULES, exactness, random_streams
-from gpu_kernels import Check, median_us
-from torch import nn
+from gpu_head import HeadTime, LateTime, head_times, late_times, random_head
+from gpu_kernels import Check
 from uld_kernels import SampleOutput, SampleRow, SampleShape, StaticSampler, fused_sample, ops
 
 from uld_serve.bench.sampler import DrawTime, measure, over_chain
@@ -24,7 +24,6 @@ from uld_serve.bench.sampler_kinds import (
     rotated_logits,
 )
 from uld_serve.bench.sampler_variants import VARIANTS, VariantName, case_of, missing
-from uld_serve.model.head import Head
 
 CHECKED_ROWS = 32
 EXACT_ROWS = 10_000
@@ -50,21 +49,11 @@ class Goal:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadTime:
-    """`extra_us`: of two rows of hidden values a request, combined and drawn, over one row and its best token."""
-
-    rows: str
-    batch: int
-    us: float
-    argmax_us: float
-    extra_us: float
-
-
-@dataclass(frozen=True, slots=True)
 class SamplerReport:
     checks: list[Check]
     times: list[DrawTime]
     heads: list[HeadTime]
+    late: list[LateTime]
     goals: list[Goal]
     """A GPU's; none on a CPU."""
     left_out: dict[VariantName, str]
@@ -81,6 +70,8 @@ class SamplerReport:
             )
         for one in self.heads:
             yield f"head and {one.rows:16} batch {one.batch:4} {one.us:10.1f} us, {one.extra_us:.1f} over argmax"
+        for one in self.late:
+            yield f"assistants' logits, batch {one.batch:4}: whole {one.whole_us:9.1f} us, late {one.late_us:9.1f} us"
         for goal in self.goals:
             yield f"{'met ' if goal.met else 'MISS'} {goal.name} {goal.what}: {goal.value:.2f} of {goal.limit:g}"
 
@@ -90,6 +81,7 @@ class SamplerReport:
             "times": [one.record() for one in self.times],
             "ratios": over_chain(self.times),
             "heads": [asdict(one) for one in self.heads],
+            "late": [asdict(one) for one in self.late],
             "goals": [asdict(goal) for goal in self.goals],
             "left_out": dict(self.left_out),
         }
@@ -108,8 +100,9 @@ def sampler_report(
         checks = sampler_checks(device, dtype, vocab=vocab, width=width)
         times, left_out = sampler_times(device, vocab=vocab, batches=batches, bytes_per_s=bytes_per_s)
         heads = head_times(device, dtype, vocab=vocab, width=width, batches=batches)
+        late = late_times(device, dtype, vocab=vocab, width=width, batches=batches)
     found = goals(times, heads) if device.type == "cuda" else []
-    return SamplerReport(checks, times, heads, found, left_out)
+    return SamplerReport(checks, times, heads, late, found, left_out)
 
 
 def sampler_checks(device: torch.device, dtype: torch.dtype, *, vocab: int, width: int) -> list[Check]:
@@ -206,40 +199,6 @@ def sampler_times(
 
 def _at_most(device: torch.device) -> int | None:
     return None if device.type == "cuda" else REPEATS
-
-
-def head_times(
-    device: torch.device, dtype: torch.dtype, *, vocab: int, width: int, batches: Sequence[int]
-) -> list[HeadTime]:
-    head, times = random_head(vocab, width, device, dtype), []
-    for batch in batches:
-        hidden_RD = random_streams(batch, width, device, dtype)[:2].reshape(2 * batch, width)
-        history = History.random(batch, vocab, device)
-        argmax_us = median_us(
-            [lambda hidden_RD=hidden_RD, B=batch: head.logits(hidden_RD[:B]).argmax(-1)], device
-        )
-        for name in ("subtract", "relu_difference"):
-            rows = [KINDS[name].row(number, batch, history) for number in range(batch)]
-            us = median_us([_head_and_draw(head, hidden_RD, rows)], device)
-            times.append(HeadTime(name, batch, us, argmax_us, us - argmax_us))
-    return times
-
-
-def _head_and_draw(head: Head, hidden_RD: torch.Tensor, rows: Sequence[SampleRow]) -> Callable[[], object]:
-    vocab, device = head.weight_WD.shape[0], hidden_RD.device
-    shape = SampleShape.of(rows, num_rows=len(rows))
-    static = StaticSampler(shape, vocab_size=vocab, protected_ids=_no_ids(device), device=device)
-    static.fill(rows)
-    return lambda: static.run(head.logits(hidden_RD))
-
-
-def random_head(vocab: int, width: int, device: torch.device, dtype: torch.dtype) -> Head:
-    """Of unit weights."""
-    generator = torch.Generator(device).manual_seed(1)
-    linear = nn.Linear(width, vocab, bias=False, device="meta")
-    weight_VD = torch.randn(vocab, width, generator=generator, device=device).to(dtype)
-    linear.weight = nn.Parameter(weight_VD, requires_grad=False)
-    return Head.of(linear, is_packed=device.type == "cpu")
 
 
 def goals(times: Sequence[DrawTime], heads: Sequence[HeadTime]) -> list[Goal]:

@@ -55,6 +55,7 @@ def test_one_run_checks_and_times_everything(
     }
     assert len(report["sampler"]["times"]) == 8 * 2 * 3
     assert report["sampler"]["goals"] == []
+    assert [one["batch"] for one in report["sampler"]["late"]] == [1, 2]
     steps = {(step["mode"], step["batch"], step["graphs"], step["replayed"]) for step in report["decode"]}
     modes = ("plain", "naive", "unlearned")
     assert steps == {
@@ -114,7 +115,7 @@ def test_a_sampler_that_draws_something_else_fails_the_run(
 
 
 def test_goals_are_of_the_static_sampler_at_their_vocabulary(gpu: ModuleType) -> None:
-    sampler = importlib.import_module("gpu_sampler")
+    sampler, head = importlib.import_module("gpu_sampler"), importlib.import_module("gpu_head")
 
     def time(variant: str, us: float, *, vocab: int = 128256, rows: str = "subtract") -> DrawTime:
         return DrawTime(rows, vocab, 32, variant, Quartiles(us / 1e3, us / 1e3, us / 1e3), us, 11.0, True)
@@ -122,8 +123,8 @@ def test_goals_are_of_the_static_sampler_at_their_vocabulary(gpu: ModuleType) ->
     times = [time("static", 14.0), time("chain", 100.0), time("flashinfer", 13.0), time("fused", 500.0)]
     others = [time("static", 999.0, vocab=32000), time("static", 999.0, rows="greedy")]
     heads = [
-        sampler.HeadTime("subtract", 8, 400.0, 390.0, 10.0),
-        sampler.HeadTime("subtract", 256, 9e9, 1.0, 9e9),
+        head.HeadTime("subtract", 8, 400.0, 390.0, 10.0),
+        head.HeadTime("subtract", 256, 9e9, 1.0, 9e9),
     ]
     found = {goal.what: goal.met for goal in sampler.goals([*times, *others], heads)}
     assert found == {
