@@ -194,7 +194,7 @@ class LateRows:
         for start in range(0, ids_K.shape[0], at_once):
             piece = slice(start, start + at_once)
             weight_PD = self.weight_WD.index_select(0, ids_K[piece])
-            torch.sum(weight_PD * hidden_D, -1, out=scores_K[piece])
+            scores_K[piece] = (weight_PD * hidden_D).sum(-1)
 
     def _products(self, hidden_AD: torch.Tensor, index_C: torch.Tensor, ids_C: torch.Tensor) -> torch.Tensor:
         at_once = max(1, _VALUES_AT_ONCE // hidden_AD.shape[1])
