@@ -111,12 +111,12 @@ def spread(condition, ids):
 @triton.jit
 def row_of(
     index, logits_ptr, stride_row, vocab_size, ints_ptr, floats_ptr, masks_ptr, touched_ptr, biases_ptr,
-    normalizers_ptr, thresholds_ptr, terms_at, MAX_TERMS: tl.constexpr,
+    normalizers_ptr, thresholds_ptr, terms_at, max_terms,
 ):  # fmt: skip
     """All that is read of row `index`: logits, their stride, V, its record as ints and as floats, its mask, touched
     words and biases over the vocabulary, its terms as ints and as floats, their normalizers and rank thresholds."""
     ints, floats = ints_ptr + index * ROW_WORDS, floats_ptr + index * ROW_WORDS
-    first_term = terms_at + index * MAX_TERMS * TERM_WORDS
+    first_term = terms_at + index * max_terms * TERM_WORDS
     mask_row, touch_row = tl.load(ints + MASK_ROW).to(tl.int64), tl.load(ints + TOUCH_ROW).to(tl.int64)
     return (
         logits_ptr,
@@ -129,8 +129,8 @@ def row_of(
         biases_ptr + touch_row * vocab_size,
         ints_ptr + first_term,
         floats_ptr + first_term,
-        normalizers_ptr + index * MAX_TERMS * 2,
-        thresholds_ptr + index * MAX_TERMS,
+        normalizers_ptr + index * max_terms * 2,
+        thresholds_ptr + index * max_terms,
     )
 
 

@@ -254,22 +254,23 @@ def _list_best(
         last = best
 
 
-@triton.jit
+# What differs between shapes must not compile the kernel anew while somebody waits.
+@triton.jit(do_not_specialize=["terms_at", "max_terms", "num_protected", "top_width"])
 def _finish_kernel(
     logits_ptr, stride_row, vocab_size, ints_ptr, floats_ptr, masks_ptr, touched_ptr, biases_ptr,
-    normalizers_ptr, thresholds_ptr, terms_at, protected_ptr, protected_ids_ptr, num_protected,
+    normalizers_ptr, thresholds_ptr, terms_at, max_terms, protected_ptr, protected_ids_ptr, num_protected,
     bests_ptr, partials_ptr, int_partials_ptr, num_tiles, group_max_ptr, group_list_ptr, num_groups, lucky_ptr,
     num_lucky, listed_ids_ptr, listed_s_ptr, listed_b_ptr,
     token_ids_ptr, logprob_ptr, rank_ptr, status_ptr, num_kept_ptr, kl_ptr, argmax_changed_ptr, top_ids_ptr,
     top_logprobs_ptr, top_width,
-    MAX_TERMS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, NOISE_GROUPS: tl.constexpr,
+    TILES: tl.constexpr, GROUPS: tl.constexpr, NOISE_GROUPS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     """Program row: merge, list, filter, measure, draw, report."""
     index = tl.program_id(0)
     row = row_of(
         index, logits_ptr, stride_row, vocab_size, ints_ptr, floats_ptr, masks_ptr, touched_ptr, biases_ptr,
-        normalizers_ptr, thresholds_ptr, terms_at, MAX_TERMS,
+        normalizers_ptr, thresholds_ptr, terms_at, max_terms,
     )  # fmt: skip
     ints = row[3]
     if tl.load(ints + ROW_B) < 0:

@@ -118,6 +118,8 @@ class Filled:
 
     num_words: int = 0
     """From the start of the block on."""
+    num_logit_rows: int = 0
+    """So many rows of logits are read."""
     late_entries: list[tuple[int, int, torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
     """(first entry, what it does, ids, biases) that lie on a device already."""
     masks: list[torch.Tensor] = field(default_factory=list)
@@ -149,9 +151,12 @@ def pack(
         _ROW.pack_into(memory, 4 * ROW_WORDS * index, *columns)
         _INT.pack_into(memory, 4 * (ROW_WORDS * index + _MASK_ROW), mask_row)
         at = 4 * (layout.terms_at + index * layout.max_terms * TERM_WORDS)
+        last_row = row.row_b
         for term in terms:
             _TERM.pack_into(memory, at, *_term_columns(term, len(terms), vocab_size))
             at += 4 * TERM_WORDS
+            last_row = max(last_row, term.row_a, term.row_q, term.row_p)
+        filled.num_logit_rows = max(filled.num_logit_rows, last_row + 1)
         end = 4 * (layout.terms_at + (index + 1) * layout.max_terms * TERM_WORDS)
         memory[at:end] = bytes(end - at)
     first_free = 4 * (layout.terms_at + len(rows) * layout.max_terms * TERM_WORDS)

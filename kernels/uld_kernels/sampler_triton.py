@@ -99,7 +99,7 @@ class TritonSampler:
         self._protected_ids = protected_ids
         self._protected_V = torch.zeros(vocab_size, dtype=torch.int8, device=device)
         self._protected_V.index_fill_(0, protected_ids, 1)
-        self._space = _workspace(shape, vocab_size, device)
+        self.space = _workspace(shape, vocab_size, device)
         self._columns = _empty_output(shape.num_rows, shape.max_logprobs, device)
 
     def fill(self, rows: Sequence[SampleRow], *, target_ids: Sequence[int] | None = None) -> None:
@@ -107,22 +107,24 @@ class TritonSampler:
         self._tables.fill(rows, target_ids=target_ids)
 
     def run(self, logits_RV: torch.Tensor) -> None:
-        """Launches, and nothing else."""
+        """Launches, and nothing else. Raises ValueError for logits that lack a row or token of the last fill."""
         if self.shape.num_rows == 0:
             return
+        needed = self._tables.num_logit_rows, self.vocab_size
+        if logits_RV.shape[0] < needed[0] or logits_RV.shape[1] < needed[1]:
+            raise ValueError(f"the rows read {needed} logits, got {tuple(logits_RV.shape)}")
         num_tiles, num_groups = _num_tiles(self.vocab_size), _num_groups(self.vocab_size)
         self._prepare(logits_RV)
-        space, columns_B = self._space, self._columns
+        space, columns_B = self.space, self._columns
         row = (
             logits_RV, logits_RV.stride(0), self.vocab_size, self._tables.ints, self._tables.floats,
             self._tables.masks, space["touched"], space["biases"], space["normalizers"], space["thresholds"],
-            self._tables.layout.terms_at,
+            self._tables.layout.terms_at, self._tables.layout.max_terms,
         )  # fmt: skip
         found = space["bests"], space["partials"], space["int_partials"]
-        max_terms = self._tables.layout.max_terms
         _scan_kernel[(self.shape.num_rows, num_tiles)](
             *row, self._protected_V, *found, space["group_max"],
-            num_groups, MAX_TERMS=max_terms, BLOCK=SCAN_BLOCK, num_warps=SCAN_WARPS, **_OPTIONS,
+            num_groups, BLOCK=SCAN_BLOCK, num_warps=SCAN_WARPS, **_OPTIONS,
         )  # fmt: skip
         _finish_kernel[(self.shape.num_rows,)](
             *row, self._protected_V, self._protected_ids, self._protected_ids.shape[0], *found, num_tiles,
@@ -131,7 +133,7 @@ class TritonSampler:
             columns_B["token_ids_B"], columns_B["logprob_B"], columns_B["rank_B"], columns_B["status_B"],
             columns_B["num_kept_B"], columns_B["kl_B"], columns_B["argmax_changed_B"], columns_B["top_ids_BN"],
             columns_B["top_logprobs_BN"], self.shape.max_logprobs,
-            MAX_TERMS=max_terms, TILES=triton.next_power_of_2(num_tiles),
+            TILES=triton.next_power_of_2(num_tiles),
             GROUPS=triton.next_power_of_2(num_groups), NOISE_GROUPS=triton.next_power_of_2(space["lucky"].shape[1]),
             BLOCK=SELECT_BLOCK, CHUNK=CHUNK, LIST=LIST_BLOCK, num_warps=FINISH_WARPS, **_OPTIONS,
         )  # fmt: skip
@@ -162,7 +164,7 @@ class TritonSampler:
         logits, terms, space = (
             (logits_RV, logits_RV.stride(0), self.vocab_size),
             self._tables.terms,
-            self._space,
+            self.space,
         )
         if self.shape.num_special:
             _touch_kernel[(self.shape.num_rows, num_tiles)](

@@ -108,18 +108,19 @@ def _touch_kernel(
         tl.store(biases + ids, bias, mask=here & (effect == BIASED))
 
 
-@triton.jit
+# What differs between shapes must not compile the kernel anew while somebody waits.
+@triton.jit(do_not_specialize=["terms_at", "max_terms"])
 def _scan_kernel(
     logits_ptr, stride_row, vocab_size, ints_ptr, floats_ptr, masks_ptr, touched_ptr, biases_ptr,
-    normalizers_ptr, thresholds_ptr, terms_at, protected_ptr,
+    normalizers_ptr, thresholds_ptr, terms_at, max_terms, protected_ptr,
     bests_ptr, partials_ptr, int_partials_ptr, group_max_ptr, num_groups,
-    MAX_TERMS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (row, tile). Combines on the way unless the row is filtered by the target before combining."""
     index, tile, num_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row = row_of(
         index, logits_ptr, stride_row, vocab_size, ints_ptr, floats_ptr, masks_ptr, touched_ptr, biases_ptr,
-        normalizers_ptr, thresholds_ptr, terms_at, MAX_TERMS,
+        normalizers_ptr, thresholds_ptr, terms_at, max_terms,
     )  # fmt: skip
     ints, floats = row[3], row[4]
     if tl.load(ints + ROW_B) < 0:

@@ -9,8 +9,17 @@ from math import inf
 
 import pytest
 import torch
-from uld_kernels import SampleOutput, SampleRow, Term, rules, sampler_reference, sampler_triton
+from uld_kernels import (
+    SampleOutput,
+    SampleRow,
+    SampleShape,
+    Term,
+    rules,
+    sampler_reference,
+    sampler_triton,
+)
 from uld_kernels.noise import Stream, gumbel_noise
+from uld_kernels.sampler_triton import TritonSampler
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -53,10 +62,7 @@ def protected(vocab_size: int) -> torch.Tensor:
 def assert_same_as_torch(logits_RV: torch.Tensor, rows: list[SampleRow], *, vocab_size: int) -> SampleOutput:
     """Compares with fp64 on the same numbers. Tokens must be equal, near ties excluded by the choice of seeds."""
     ours = sampler_triton.sample(logits_RV, rows, vocab_size=vocab_size, protected_ids=protected(vocab_size))
-    host_rows = [_on_host(row) for row in rows]
-    exact = sampler_reference.sample(
-        logits_RV.cpu().double(), host_rows, vocab_size=vocab_size, protected_ids=protected(vocab_size).cpu()
-    )
+    exact = torch_sampled(logits_RV, rows, vocab_size=vocab_size)
     assert ours.status_B.tolist() == exact.status_B.tolist()
     assert ours.token_ids_B.tolist() == exact.token_ids_B.tolist()
     assert ours.num_kept_B.tolist() == exact.num_kept_B.tolist()
@@ -69,7 +75,15 @@ def assert_same_as_torch(logits_RV: torch.Tensor, rows: list[SampleRow], *, voca
     return ours
 
 
-def _on_host(row: SampleRow) -> SampleRow:
+def torch_sampled(logits_RV: torch.Tensor, rows: list[SampleRow], *, vocab_size: int) -> SampleOutput:
+    """The torch sampler in fp64 on the same numbers."""
+    host_rows = [on_host(row) for row in rows]
+    return sampler_reference.sample(
+        logits_RV.cpu().double(), host_rows, vocab_size=vocab_size, protected_ids=protected(vocab_size).cpu()
+    )
+
+
+def on_host(row: SampleRow) -> SampleRow:
     def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.cpu()
 
@@ -141,8 +155,45 @@ def test_real_vocabularies(vocab_size: int) -> None:
         SampleRow(0, (wide,), seed=3, position=1, top_p=0.9),
         SampleRow(0, (RELU,), temperature=0.0, num_logprobs=2),
         SampleRow(0, top_p=0.5, temperature=0.7, seed=2**63 + 1, position=8),
+        SampleRow(0, seed=5, frequency_penalty=0.5, output_ids=torch.tensor([7, 7, 40], device=DEVICE)),
     ]
     assert_same_as_torch(logits(vocab_size, vocab_size), rows, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("spread", [0.02, 1.0, 6.0])
+def test_free_draws_list_few_tokens_and_stay_exact(spread: float) -> None:
+    vocab_size = 9000
+    ids = torch.arange(0, 60, 7, device=DEVICE)
+    rows = [
+        SampleRow(0, seed=1, position=4, temperature=0.6),
+        SampleRow(0, seed=2, position=5, temperature=1.4, min_p=0.02),
+        SampleRow(0, (SUBTRACT_ALL,), seed=3, position=6),
+        SampleRow(0, seed=6, repetition_penalty=1.4, prompt_ids=ids, output_ids=ids[:3]),
+        SampleRow(0, seed=7, logit_bias=(ids, torch.full((len(ids),), 4.0, device=DEVICE))),
+        SampleRow(0, seed=8, banned_ids=ids, top_k=30, presence_penalty=1.0, output_ids=ids + 1),
+    ]
+    sampler = TritonSampler(
+        SampleShape.of(rows, num_rows=len(rows)),
+        vocab_size=vocab_size,
+        protected_ids=protected(vocab_size),
+        device=torch.device(DEVICE),
+    )
+    logits_RV = logits(int(spread * 50), vocab_size, spread=spread)
+    sampler.space["listed_ids"].fill_(-1)
+    sampler.fill(rows)
+    sampler.run(logits_RV)
+    exact = torch_sampled(logits_RV, rows, vocab_size=vocab_size)
+    assert sampler.output().token_ids_B.tolist() == exact.token_ids_B.tolist()
+    assert ((sampler.space["listed_ids"] >= 0).sum(1) < vocab_size // 10).all()
+
+
+def test_truncation_keeps_exactly_what_comes_first() -> None:
+    # Equal logits in pairs: top-k and top-p end inside a pair, and only the lower id of it may be drawn.
+    logits_RV = torch.arange(20, 0, -1, device=DEVICE).float().repeat_interleave(2)[None] * 0.1
+    cuts = (SampleRow(0, top_k=5), SampleRow(0, top_p=0.31), SampleRow(0, top_k=9, top_p=0.5))
+    rows = [replace(cut, seed=seed, temperature=2.0) for cut in cuts for seed in range(8)]
+    output = assert_same_as_torch(logits_RV, rows, vocab_size=40)
+    assert len(set(output.token_ids_B.tolist())) > 3
 
 
 def test_nucleus_that_is_not_inside_the_best_tokens_is_found_exactly() -> None:
