@@ -168,7 +168,9 @@ def test_rows_that_are_not_there_are_neither_read_nor_written() -> None:
 def test_a_row_named_twice_has_one_result() -> None:
     """As groups of rows are filled up."""
     case = Case(((0, 33, ()),), group=2, width=32)
-    padded = [torch.cat([table, table[:, :1].expand(-1, 3)], 1) for table in (case.rows_SQ, case.positions_SQ)]
+    padded = [
+        torch.cat([table, table[:, :1].expand(-1, 3)], 1) for table in (case.rows_SQ, case.positions_SQ)
+    ]
     assert torch.equal(case.ours(rows_SQ=padded[0], positions_SQ=padded[1]), case.ours())
 
 
