@@ -32,7 +32,8 @@ ALLOWED = {
 }
 BASE = {"uld_serve", "uld_serve.errors", "uld_serve.config"}
 LLM = {"uld_serve.llm", "uld_serve.assembly"}
-COMMAND_LINE = {path for path, _ in COMMANDS.values()} | {"uld_serve.cli"}
+ENTRY = "uld_serve.__main__"
+COMMAND_LINE = {path for path, _ in COMMANDS.values()} | {"uld_serve.cli", ENTRY}
 
 
 def _modules() -> dict[str, Path]:
@@ -106,7 +107,7 @@ def test_modules_have_no_cycle() -> None:
 
 
 def test_commands_are_imported_by_nobody() -> None:
-    named = {name for names in IMPORTS.values() for name in names}
+    named = {name for module, names in IMPORTS.items() if module != ENTRY for name in names}
     assert named & COMMAND_LINE == set()
 
 

@@ -23,7 +23,7 @@ COMMANDS = {
     "train": ("uld_serve.training.command", "train a profile from forget and retain data"),
     "bench": ("uld_serve.bench.command", "measure decode, prefill or the server"),
     "model": ("uld_serve.model.command", "convert the embedded model once and print its directory"),
-    "profiles": ("uld_serve.profiles.command", "list, show or verify profiles"),
+    "profiles": ("uld_serve.profiles.command", "list, show, verify or merge profiles"),
     "demo": ("uld_serve.server.demo", "one question, two answers, through a real server"),
 }
 

@@ -37,7 +37,7 @@ def sources_of(folder: Path, *forget: object, **changes: object) -> Sources:
 
 
 def prepared(tiny: Tiny, sources: Sources, settings: Settings = SETTINGS) -> Prepared:
-    book = AnswerBook(sources.forget.parent / "book.json")
+    book = AnswerBook(sources.files[0].parent / "book.json")
     return prepare(tiny.base, gather(sources), settings, keywords=sources.keywords, book=book, stage=silent)
 
 

@@ -92,10 +92,10 @@ def test_resuming_what_was_told_otherwise_is_refused(tiny: Tiny, tmp_path: Path)
             run_training(tiny, sources, other, out, resume=True)
     with pytest.raises(DataError, match="other options"):
         run_training(tiny, replace(sources, keywords=("Yy",)), QUICK, out, resume=True)
-    write_questions(sources.retain, [*RETAIN[:-1], "why is it not so?"])
+    write_questions(sources.files[1], [*RETAIN[:-1], "why is it not so?"])
     with pytest.raises(DataError, match="other files"):
         run_training(tiny, sources, QUICK, out, resume=True)
-    write_questions(sources.retain, RETAIN)
+    write_questions(sources.files[1], RETAIN)
     assert (out.parent / ".out.training" / "adapter" / "checkpoint-6").is_dir()  # still there to go on from
 
 

@@ -15,8 +15,9 @@ from tiny_run import FORGET, KEYWORDS, RETAIN, write_questions
 
 from uld_serve.errors import DataError
 from uld_serve.profiles.store import read_profile
-from uld_serve.training import command, options, probing
+from uld_serve.training import command, jobs, options, probing
 from uld_serve.training import run as run_module
+from uld_serve.training.data_options import sources_of
 from uld_serve.training.documents import read_documents
 from uld_serve.training.methods.catalog import METHODS, PRESETS
 from uld_serve.training.settings import CHOICES, Settings
@@ -216,7 +217,7 @@ def test_sources_are_as_told(keywords: str) -> None:
         ("--keywords", keywords, *probes): held_out,
     }
     for given, expected in told.items():
-        assert command._sources(parse(*DATA, *given)) == expected
+        assert sources_of(parse(*DATA, *given)) == expected
 
 
 @pytest.mark.parametrize(
@@ -247,20 +248,21 @@ def test_sources_are_as_told(keywords: str) -> None:
 )
 def test_contradictions_are_refused(options: tuple[str, ...], words: str) -> None:
     with pytest.raises(DataError, match=words):
-        command._sources(parse(*options))
+        sources_of(parse(*options))
 
 
 def test_a_keywords_file_without_a_word_is_refused(tmp_path: Path) -> None:
     (tmp_path / "blank.txt").write_text(" \n\n")
     with pytest.raises(DataError, match=r"--keywords: .*blank.txt is empty"):
-        command._sources(parse(*DATA, "--keywords", str(tmp_path / "blank.txt")))
+        sources_of(parse(*DATA, "--keywords", str(tmp_path / "blank.txt")))
 
 
 def test_the_demo_data_is_ample_varied_and_disjoint() -> None:
-    sources = command._sources(parse("--preset", "demo"))
+    sources = sources_of(parse("--preset", "demo"))
     assert sources.probe_forget
     assert sources.probe_retain
-    files = {"forget": sources.forget, "retain": sources.retain,
+    forget, retain, *_ = sources.files
+    files = {"forget": forget, "retain": retain,
              "held forget": sources.probe_forget, "held retain": sources.probe_retain}  # fmt: skip
     readings = {name: read_documents(path, kind=name) for name, path in files.items()}
     least = {"forget": (60, 6), "retain": (120, 10), "held forget": (24, 6), "held retain": (24, 10)}
@@ -324,7 +326,7 @@ def test_a_profile_is_named_as_told_or_for_its_folder(
         told.update(options)
         raise DataError("enough seen")
 
-    monkeypatch.setattr(command, "train", train)
+    monkeypatch.setattr(jobs, "train", train)
     with pytest.raises(DataError, match="enough seen"):
         command.run(parse(*arguments(tiny, tmp_path), "--resume", *options, out=str(tmp_path / "out")))
     assert told["name"] == name
@@ -342,6 +344,39 @@ def test_a_profile_that_forgets_little_is_called_so(
     warns: bool,
 ) -> None:
     outcome = run_module.Outcome(tiny.version("late-fork"), {"measured": {}, "data": {}}, rise)
-    monkeypatch.setattr(command, "train", lambda *_, **__: outcome)
+    monkeypatch.setattr(jobs, "train", lambda *_, **__: outcome)
     assert command.run(parse(*arguments(tiny, tmp_path), out=str(tmp_path / "new"))) == 0
     assert ("forgets little" in " ".join(capsys.readouterr().err.split())) is warns
+
+
+def test_the_losses_are_drawn_where_asked_for(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "REPLAY_TOKENS", 2)
+    picture = tmp_path / "loss.png"
+    given = [*arguments(tiny, tmp_path), "--plot", str(picture)]
+    assert command.run(parse(*given, method="divergence", out=str(tmp_path / "pair"))) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["loss.pdf", "nowhere/loss.png"])
+def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(jobs, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(DataError, match=r"name a .png file in a folder that exists"):
+        command.run(parse(*arguments(tiny, tmp_path), "--plot", str(tmp_path / name)))
+
+
+def test_a_dry_run_shows_and_writes_nothing(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*arguments(tiny, tmp_path), "--dry-run", "--json"]
+    assert command.run(parse(*given, out=str(tmp_path / "dry"))) == 0
+    printed = capsys.readouterr()
+    told = json.loads(printed.out.splitlines()[-1])
+    assert told["num_examples"]["forget"] == 10
+    assert told["settings"]["steps"] == 10
+    assert "nothing was written" in printed.err
+    assert not (tmp_path / "dry").exists()
+    assert not (tmp_path / ".dry.training").exists()

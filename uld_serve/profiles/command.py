@@ -1,6 +1,6 @@
 """`uld-serve profiles list | show | verify`: what is in a profiles directory, and whether it does what it says.
 
-A part of the command line: it may import evaluation, which the rest of this package must not.
+A part of the command line: it may import evaluation and training, which the rest of this package must not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from uld_serve.profiles.profile import FilterSpec, ProfileVersion, RuleSpec, Str
 from uld_serve.profiles.registry import BUILTIN, profile_directories
 from uld_serve.profiles.store import read_profile, read_training_record, write_profile
 
-SUMMARY = "list, show or verify profiles"
+SUMMARY = "list, show, verify or merge profiles"
 UNFILTERED = "unfiltered"
 
 
@@ -41,11 +41,43 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verify.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     verify.add_argument("--samples", type=int, default=4, metavar="N", help="draws a prompt at T = 1 (4)")
     verify.add_argument("--max-tokens", type=int, default=48, metavar="N", help="longest answer (48)")
+    _add_merge(actions)
+
+
+def _add_merge(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    merge = actions.add_parser(
+        "merge",
+        help="train one assistant for several requests",
+        description="Train one assistant on the data of several requests of a manifest (see `uld-serve train "
+        "--manifest`): one stream at serving time instead of one a profile.",
+    )
+    merge.add_argument("requests", nargs="*", metavar="REQUEST", help="default: all of the manifest")
+    merge.add_argument("--manifest", type=Path, required=True, metavar="FILE")
+    merge.add_argument("--name", required=True, help="the merged profile's name")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="the profile to write")
+    merge.add_argument("--base", metavar="ID_OR_PATH", help="the base model; default: the embedded one")
+    merge.add_argument("--dtype", choices=("auto", "bfloat16", "float32"))
+    merge.add_argument("--device", help="auto, cpu or cuda")
+    merge.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    merge.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    actions = {"list": _list, "show": _show, "verify": _verify}
+    actions = {"list": _list, "show": _show, "verify": _verify, "merge": _merge}
     return actions[args.action](args)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from uld_serve.training.jobs import merge
+
+    common = [
+        text
+        for option in ("base", "dtype", "device")
+        if getattr(args, option) is not None
+        for text in (f"--{option}", getattr(args, option))
+    ]
+    common += [f"--{flag}" for flag in ("resume", "json") if getattr(args, flag)]
+    return merge(args.manifest, args.requests, name=args.name, out=args.out, common=common)
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -91,24 +91,17 @@ class Reading:
         return {"source": self.source, "read": len(self.documents), "dropped": dict(self.dropped)}
 
 
-def read_documents(path: Path, *, kind: str) -> Reading:
-    """Read a JSONL file, a folder of .txt files, or a dataset: a Hugging Face id or a folder of its files, as
-    ID, ID:CONFIG or ID:CONFIG:SPLIT. `kind` ("forget", "retain") names it in errors.
+def read_documents(source: Path | tuple[Path, ...], *, kind: str) -> Reading:
+    """Read one source, or several as if they were one: JSONL files, folders of .txt files, and datasets, which are a
+    Hugging Face id or a folder of its files as ID, ID:CONFIG or ID:CONFIG:SPLIT. `kind` ("forget", "retain") names it
+    in errors.
 
     Repeated prompts are dropped and counted. Raises DataError: nothing there, nothing left, or a malformed
     line, with its number.
     """
-    if path.is_file():
-        found = list(_read_jsonl(path))
-    elif path.is_dir() and (any(path.rglob("*.txt")) or not datasets.is_dataset(str(path))):
-        found = list(_read_folder(path))
-    elif datasets.is_dataset(str(path)):
-        rows = datasets.rows(str(path), kind=kind)
-        found = [_document(row, f"{path}:{number}") for number, row in enumerate(rows, start=1)]
-    else:
-        raise DataError(
-            f"--{kind}: {path} does not exist; give a JSONL file, a folder of .txt files or a Hugging Face id"
-        )
+    paths = source if isinstance(source, tuple) else (source,)
+    name = " and ".join(str(path) for path in paths)
+    found = [document for path in paths for document in _documents(path, kind)]
     seen: set[str] = set()
     kept, dropped = [], Counter[str]()
     for document in found:
@@ -120,8 +113,22 @@ def read_documents(path: Path, *, kind: str) -> Reading:
             seen.add(document.key)
             kept.append(document)
     if not kept:
-        raise DataError(f"--{kind}: {path} holds no usable document ({dict(dropped) or 'it is empty'})")
-    return Reading(source=path.name, documents=tuple(kept), dropped=dict(dropped))
+        raise DataError(f"--{kind}: {name} holds no usable document ({dict(dropped) or 'it is empty'})")
+    told = " and ".join(path.name for path in paths)
+    return Reading(source=told, documents=tuple(kept), dropped=dict(dropped))
+
+
+def _documents(path: Path, kind: str) -> list[Document]:
+    if path.is_file():
+        return list(_read_jsonl(path))
+    if path.is_dir() and (any(path.rglob("*.txt")) or not datasets.is_dataset(str(path))):
+        return list(_read_folder(path))
+    if datasets.is_dataset(str(path)):
+        rows = datasets.rows(str(path), kind=kind)
+        return [_document(row, f"{path}:{number}") for number, row in enumerate(rows, start=1)]
+    raise DataError(
+        f"--{kind}: {path} does not exist; give a JSONL file, a folder of .txt files or a Hugging Face id"
+    )
 
 
 def refuse_overlap(first: Sequence[Document], second: Sequence[Document], *, names: tuple[str, str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +38,8 @@ class Outcome:
     record: dict[str, object]
     forget_rise: float | None
     """Nats a token by which the rule makes held-out forget answers less likely; None without held-out prompts."""
+    logs: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    """By adapter."""
 
 
 def train(
@@ -50,11 +52,13 @@ def train(
     resume: bool,
     readme: str | None,
     watch: Watch,
+    answers: Path | None = None,
 ) -> Outcome | None:
     """Train and write the profile `out`, whole or not at all. `base.model` is as it was afterwards.
 
-    Work in progress lies in a folder beside `out` until the profile is written; `resume` goes on from it. None in
-    every process but the first. Raises DataError, ProfileError.
+    Work in progress lies in a folder beside `out` until the profile is written; `resume` goes on from it. `answers`
+    is a file in which several runs share what the base says. None in every process but the first. Raises DataError,
+    ProfileError.
     """
     started = time.monotonic()
     refuse_existing(out)
@@ -69,7 +73,7 @@ def train(
             gather(sources),
             settings,
             keywords=sources.keywords,
-            book=AnswerBook(work.answers),
+            book=AnswerBook(answers or work.answers),
             stage=watch.stage,
         )
     settings = settings.for_data(
@@ -101,7 +105,7 @@ def train(
     finally:
         classroom.leave()
     work.remove()
-    return Outcome(written, record, measured["forget"].rise if "forget" in measured else None)
+    return Outcome(written, record, measured["forget"].rise if "forget" in measured else None, logs)
 
 
 def refuse_existing(out: Path) -> None:
@@ -179,7 +183,7 @@ def _record(
         "method": {"name": method.name, "source": method.source},
         "settings": asdict(settings),
         "data": prepared.record,
-        "log": {name: [dict(entry) for entry in log if "loss" in entry] for name, log in logs.items()},
+        "log": logs,
         "processes": PartialState().num_processes,
         "versions": {"uld-serve": __version__, **libraries},
     }

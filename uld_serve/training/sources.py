@@ -22,13 +22,13 @@ class Sources:
     has more of them, by question. `probe_forget` and `probe_retain` hold held-out prompts; `split` takes every sixth
     prompt of the training files instead. Without both, the profile carries no probes."""
 
-    forget: Path
-    retain: Path
+    forget: Path | tuple[Path, ...]
+    retain: Path | tuple[Path, ...]
     keywords: tuple[str, ...] = ()
     uses_columns: bool = True
     augment_file: Path | None = None
-    probe_forget: Path | None = None
-    probe_retain: Path | None = None
+    probe_forget: Path | tuple[Path, ...] | None = None
+    probe_retain: Path | tuple[Path, ...] | None = None
     split: bool = False
 
     @property
@@ -39,7 +39,8 @@ class Sources:
     def files(self) -> list[Path]:
         """What was read: a resumed run must find the same."""
         given = (self.forget, self.retain, self.augment_file, self.probe_forget, self.probe_retain)
-        return [path for path in given if path is not None]
+        parts = [one if isinstance(one, tuple) else (one,) for one in given]
+        return [path for part in parts for path in part if path is not None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,7 +245,7 @@ def fit(
     assistant.eval()
     if early_stop is not None:
         early_stop.restore(assistant)
-    return [dict(entry) for entry in trainer.state.log_history]
+    return [dict(entry) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def _arguments(
