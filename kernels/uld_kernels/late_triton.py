@@ -1,5 +1,6 @@
-"""Logits of listed tokens alone: each row's own list of ids, gathered rows of the head, one sum a token. Called where
-an assistant's logits are wanted on what a filter leaves.
+"""Logits of listed tokens alone: each row's own list of ids, gathered rows of the head, one sum a token. An operation
+of its own that fused_sample does not use: on a GPU the head is read anyway for the target, so that a further row costs
+the bytes of its logits, and listed rows of a wide head are more. benchmarks/gpu_head.py times both.
 
 Tested against LateRows.scores_each in fp64. Knows no rule and no filter.
 

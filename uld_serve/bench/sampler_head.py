@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, reporter: Reporter, environment: Environment, device: torch.device) -> int:
+    if device.type != "cpu":
+        raise InvalidRequest("--head compares two ways of a CPU; benchmarks/gpu.py times them on a GPU")
     if not 1 <= args.width <= LARGEST_WIDTH:
         raise InvalidRequest(f"--width must be 1 to {LARGEST_WIDTH}")
     names = [name for name in args.rows if name in HEAD_ROWS]
