@@ -67,9 +67,14 @@ class Sampler:
     device: torch.device
     engine_version: str
     protected_ids: torch.Tensor = field(init=False)
+    _ids_device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
-        self.protected_ids = self._ids(self.tokenizer.control_ids)
+        """Tries the device's kernels, which takes seconds. They take a row's ids from the host, with all else of it."""
+        is_proven = ops.prove(self.device, self.vocab_size)
+        self._ids_device = torch.device("cpu") if is_proven else self.device
+        control_ids = torch.tensor(list(self.tokenizer.control_ids), dtype=torch.long)
+        self.protected_ids = to_device(control_ids, self.device)
 
     def launch(self, wants: Series[Want], scores: Scores) -> InFlight:
         draws = [want for want in wants if want.target_id is None]
@@ -131,7 +136,7 @@ class Sampler:
         out = ops.fused_score(
             scores.logits_RW,
             rows,
-            to_device(targets, self.device),
+            to_device(targets, self._ids_device),
             vocab_size=self.vocab_size,
             protected_ids=self.protected_ids,
             late=scores.late,
@@ -222,7 +227,7 @@ class Sampler:
         bias = sequence.params.logit_bias
         if not bias:
             return None
-        return self._ids(list(bias)), to_device(torch.tensor(list(bias.values())), self.device)
+        return self._ids(list(bias)), to_device(torch.tensor(list(bias.values())), self._ids_device)
 
     def _banned(self, sequence: Sequence, num_drawn: int) -> torch.Tensor | None:
         """Nothing that would end the text is drawn before min_tokens."""
@@ -231,7 +236,7 @@ class Sampler:
         return self._ids(sorted({*self.tokenizer.eos_ids, *sequence.params.stop_token_ids}))
 
     def _ids(self, token_ids: Series[int]) -> torch.Tensor:
-        return to_device(torch.tensor(list(token_ids), dtype=torch.long), self.device)
+        return to_device(torch.tensor(list(token_ids), dtype=torch.long), self._ids_device)
 
 
 def same_draws(found: SampleOutput, expected: SampleOutput) -> bool:
