@@ -50,6 +50,8 @@ def kept_of(lane: Lane, fused: Found) -> Found:
 
 def _check_best(lane: Lane, best_N: torch.Tensor) -> None:
     """Raises RowsFailed where it is not finite. Protected tokens could be left where a rule removes all."""
+    if best_N.isfinite().all():
+        return
     protects_N = torch.tensor([any(t.protect for t in row.terms) for row in lane.rows], device=best_N.device)
     lane.fail_where((best_N == -inf) & protects_N, None)
     lane.fail_where(best_N == -inf, rules.NOTHING_KEPT)

@@ -17,9 +17,11 @@ from uld_kernels.nucleus import nuclei, top_of, truncates
 
 def token_of_rows(lane: Lane) -> torch.Tensor:
     """(N,) drawn from whole rows. Raises RowsFailed with None for a nucleus that fp32 cannot decide."""
-    token_N = lane.best_id_N.clone()
     free = [n for n, row in enumerate(lane.rows) if row.temperature > 0.0 and not truncates(row)]
+    if len(free) == len(lane.rows):
+        return _drawn_free(lane)
     cut = [n for n, row in enumerate(lane.rows) if truncates(row)]
+    token_N = lane.best_id_N.clone()
     for places, drawn in ((free, _drawn_free), (cut, _drawn_cut)):
         if places:
             token_N[torch.tensor(places, device=token_N.device)] = drawn(lane.select(places))

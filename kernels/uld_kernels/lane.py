@@ -41,8 +41,9 @@ class Lane:
         """Raises RowsFailed for targets that are NaN, infinite, or -inf everywhere."""
         best_N, best_id_N = groups.best()
         lane = cls(numbers, rows, groups, best_N, best_id_N)
-        lane.fail_where(best_N == -inf, rules.NOTHING_KEPT)
-        lane.fail_where(~best_N.isfinite(), rules.NUMERICAL)
+        if not best_N.isfinite().all():
+            lane.fail_where(best_N == -inf, rules.NOTHING_KEPT)
+            lane.fail_where(~best_N.isfinite(), rules.NUMERICAL)
         return lane
 
     def fail_where(self, is_wrong_N: torch.Tensor, status: int | None) -> None:
