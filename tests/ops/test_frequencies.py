@@ -15,7 +15,7 @@ import torch
 from uld_kernels import SampleRow, Term, fused_sample, rules
 
 VOCAB = 300
-ALL, MANY, SOME = 100_000, 10_000, 2_000
+ALL, MANY, SOME, FEW = 100_000, 10_000, 2_000, 500
 ROWS_A_CALL = 4000
 PROTECTED = torch.tensor([0, 299])
 PLAUSIBLE = {"filter_mode": rules.PLAUSIBILITY, "tau": 0.01, "min_keep": 40}
@@ -66,6 +66,8 @@ OTHERS = {
     ),
     "grammar": replace(DRAW, allowed_mask=torch.arange(VOCAB) % 2 == 0),
 }  # fmt: skip
+# They read the whole vocabulary more than once: 1 to 3.5 ms a row.
+SLOWEST = ("relu_difference, no filter", "pair_linear, no filter", "pair_rank", "four summed")
 
 
 def logits() -> torch.Tensor:
@@ -112,7 +114,7 @@ def test_frequencies_of_kinds_that_are_drawn_together_are_exact(kind: str) -> No
 
 @pytest.mark.parametrize("kind", list(OTHERS))
 def test_frequencies_of_every_other_kind_are_exact(kind: str) -> None:
-    assert excess(OTHERS[kind], SOME) < 1.0
+    assert excess(OTHERS[kind], FEW if kind in SLOWEST else SOME) < 1.0
 
 
 @pytest.mark.slow
