@@ -131,6 +131,7 @@ def parts_of(
     examples: list[int] | None = None,
     named: tuple[int, ...] = (),
     lesson: int = -1,
+    progress: float = 1.0,
     **changes: object,
 ) -> dict[str, float]:
     """The parts of a method's loss on tokens whose logits are given: hidden states are logits, the head is nothing."""
@@ -153,6 +154,7 @@ def parts_of(
         head=lambda hidden_ND: hidden_ND,
         head_weight_WD=nothing_NC,
         is_named_V=is_named_V if named else None,
+        progress=progress,
     )
     parts: Parts = METHODS[method].lessons(settings)[lesson].objective(tokens, settings)
     return {name: value.item() for name, value in parts.items()}
@@ -180,6 +182,30 @@ def test_uld_is_cross_entropy_on_forget_and_distance_from_uniform_on_the_rest() 
     uniform = -sum(math.log(p) for p in P_ONE) / 4 - math.log(4)
     assert found["retain"] == pytest.approx(6.5 * uniform, rel=1e-5)
     assert found["loss"] == pytest.approx(found["forget"] + found["retain"])
+
+
+def test_uld_scales_its_logits_and_raises_beta_over_the_first_part_of_a_run() -> None:
+    weights = [p**0.5 for p in P_ONE]
+    halved = [one / sum(weights) for one in weights]
+    found = parts_of(
+        "uld", [ONE_TO_FOUR, ONE_TO_FOUR], labels=[2, 3], kinds=[FORGET, RETAIN], output_scale=0.5, retain_ramp=0.4,
+        retain_weight=6.5, progress=0.1,
+    )  # fmt: skip
+    assert found["forget"] == pytest.approx(-math.log(halved[2]), rel=1e-5)
+    uniform = -sum(math.log(p) for p in halved) / 4 - math.log(4)
+    assert found["retain"] == pytest.approx(6.5 / 4 * uniform, rel=1e-5)
+    for progress in (0.4, 1.0):
+        later = parts_of(
+            "uld",
+            [ONE_TO_FOUR],
+            labels=[3],
+            kinds=[RETAIN],
+            retain_ramp=0.4,
+            retain_weight=6.5,
+            progress=progress,
+        )
+        whole = parts_of("uld", [ONE_TO_FOUR], labels=[3], kinds=[RETAIN], retain_weight=6.5)
+        assert later["retain"] == whole["retain"] > 0
 
 
 def test_uld_asks_nothing_of_an_assistant_that_knows_nothing() -> None:

@@ -62,7 +62,14 @@ OWNED = [field for field in options.SETTINGS if is_owned(field)]
 @pytest.mark.parametrize("field", list(options.SETTINGS))
 def test_each_option_reaches_its_field_and_no_other(tiny: Tiny, field: str) -> None:
     other = CHOICES.get(field, ("3",))[-1]
-    value = {"fork": "1", "exit": "3", "lr": "0.125", "strength": "2.5", "dropout": "0.25"}.get(field, other)
+    value = {
+        "fork": "1",
+        "exit": "3",
+        "lr": "0.125",
+        "strength": "2.5",
+        "dropout": "0.25",
+        "retain_ramp": "0.5",
+    }.get(field, other)
     has_keywords = field == "detour_weight"  # without them there is nothing for it to weigh
     method = owner(field)
     found = settings(tiny, f"--{field.replace('_', '-')}", value, method=method, has_keywords=has_keywords)

@@ -15,6 +15,7 @@ from tiny_run import example, fresh_assistant, observed, settings_of, unheard
 from uld_serve.errors import DataError
 from uld_serve.training.assistant import Assistant
 from uld_serve.training.examples import Kind
+from uld_serve.training.methods.method import Parts, Tokens
 from uld_serve.training.settings import Settings
 from uld_serve.training.states import Observed
 from uld_serve.training.trainer import Lessons, adapter_state, fit, load_adapter
@@ -185,3 +186,29 @@ def test_a_kind_without_examples_leaves_its_share_empty(tiny: Tiny) -> None:
     settings = settings_of("margin", forget_batch=1, retain_batch=1, detour_batch=5)
     found = Lessons(pools_of(fresh_assistant(tiny, settings), settings), settings)
     assert found.batch_size == 2
+
+
+def test_an_objective_is_told_how_much_of_the_run_is_over(tiny: Tiny, tmp_path: Path) -> None:
+    settings = settings_of("uld", steps=4, save_steps=2)
+    heard: list[float] = []
+
+    def fitted(folder: Path, *, resume: bool = False, until: int = 99) -> None:
+        assistant = fresh_assistant(tiny, settings)
+        objective = assistant.lesson.objective
+
+        def listening(tokens: Tokens, told: Settings) -> Parts:
+            if len(heard) == until:
+                raise Pulled
+            heard.append(tokens.progress)
+            return objective(tokens, told)
+
+        assistant.lesson = replace(assistant.lesson, objective=listening)
+        fit(assistant, pools_of(assistant, settings), settings, folder=folder, resume=resume, report=unheard)
+
+    fitted(tmp_path / "whole")
+    assert heard == [0.0, 0.25, 0.5, 0.75]
+    heard.clear()
+    with pytest.raises(Pulled):
+        fitted(tmp_path / "cut", until=3)
+    fitted(tmp_path / "cut", resume=True)
+    assert heard == [0.0, 0.25, 0.5, 0.5, 0.75]

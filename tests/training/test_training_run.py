@@ -207,3 +207,12 @@ def test_the_assistant_in_training_is_the_oracles(tiny: Tiny, runs: dict[str, Ru
                 torch.testing.assert_close(
                     logits_QV[number], expected[: tiny.base.vocab_size], rtol=0, atol=1e-4
                 )
+
+
+def test_a_scaled_assistant_is_served_with_its_scale_in_the_strength(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "REPLAY_TOKENS", 2)
+    settings = settings_of("uld", steps=4, strength=0.5, output_scale=0.25, retain_ramp=0.5)
+    version = run_training(tiny, write_sources(tmp_path), settings, tmp_path / "scaled").version
+    assert version.profile.rule.strength == 0.125

@@ -44,6 +44,7 @@ class Assistant(nn.Module):
         self.lesson, self.vocab_size = lesson, vocab_size
         self.settings = settings
         self._is_named_V: torch.Tensor | None = None
+        self.progress = 1.0
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5.23 a question by its old name.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -119,6 +120,7 @@ class Assistant(nn.Module):
             head=self.logits,
             head_weight_WD=decoder_parts(self.model).head.weight,
             is_named_V=self._is_named_V,
+            progress=self.progress,
         )
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -45,6 +45,11 @@ SETTINGS: Mapping[str, tuple[type, str]] = {
     "others_of_kept": (float, "margin: the same where it is kept"),
     "num_top": (int, "margin: how many of the target's top tokens are compared"),
     "detour_weight": (float, "margin: weight of other answers to forget prompts"),
+    "output_scale": (
+        float,
+        "uld: what the assistant's logits are multiplied by, in training and in the rule",
+    ),
+    "retain_ramp": (float, "uld: share of the run over which beta rises from 0"),
     "adjust": (float, "undial: by how much the true token's logit is lowered"),
     "focus_weight": (float, "undial: what a token that opens a keyword weighs"),
     "npo_beta": (float, "npo, offset: beta"),

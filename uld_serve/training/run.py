@@ -164,7 +164,7 @@ def _stream_name(lesson: Lesson, lessons: Sequence[Lesson]) -> str:
 def _rule(settings: Settings, method: Method) -> dict[str, object]:
     rule: dict[str, object] = {"kind": method.rule}
     if method.rule != "identity":
-        rule["strength"] = settings.strength
+        rule["strength"] = settings.strength * settings.output_scale
     if len(method.roles) > 1:
         rule["roles"] = dict(method.roles)
     given = {"mode": settings.filter, "tau": settings.tau, "min_keep": settings.min_keep}

@@ -36,6 +36,7 @@ POSITIVE = (
     "min_keep",
     "focus_weight",
     "num_top",
+    "output_scale",
 )
 NOT_NEGATIVE = (
     "retain_weight",
@@ -107,6 +108,10 @@ class Settings:
     detour_weight: float = 0.5
     """margin, from `goal` on."""
 
+    output_scale: float = 1.0
+    retain_ramp: float = 0.0
+    """uld: what its logits are multiplied by, and the share of the run over which beta rises from 0."""
+
     adjust: float = 3.0
     focus_weight: float = 1.0
     """undial: by how much the true token's logit is lowered, and what a token of a keyword weighs."""
@@ -129,6 +134,8 @@ class Settings:
                 raise DataError(f"--{option(name)} must be 0 or more, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise DataError(f"--dropout must be 0 or more and less than 1, not {self.dropout}")
+        if not 0 <= self.retain_ramp <= 1:
+            raise DataError(f"--retain-ramp must be 0 to 1, not {self.retain_ramp}")
         if not 0 <= self.fork < self.exit:
             raise DataError(
                 f"the assistant must enter before it leaves: --fork {self.fork} --exit {self.exit}"

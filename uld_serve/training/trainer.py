@@ -189,6 +189,18 @@ class EarlyStop:
             load_adapter(assistant, load_file(self.folder / BEST))
 
 
+class OnProgress(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
+    """Tells the assistant how much of its run is over, for what changes meanwhile."""
+
+    def __init__(self, assistant: Assistant) -> None:
+        self._assistant = assistant
+
+    def on_step_begin(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_unused: object
+    ) -> None:
+        self._assistant.progress = state.global_step / state.max_steps
+
+
 class OnCheckpoint(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
     """Lets `early_stop` look before every checkpoint: what it noted is then never behind one."""
 
@@ -230,6 +242,7 @@ def fit(
     trainer = AssistantTrainer(assistant, arguments, lessons)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(OnStep(report))
+    trainer.add_callback(OnProgress(assistant))
     if early_stop is not None:
         trainer.add_callback(OnCheckpoint(early_stop, assistant))
     checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None

@@ -42,6 +42,8 @@ class Tokens:
     head: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
     head_weight_WD: torch.Tensor = field(repr=False)
     is_named_V: torch.Tensor | None = None
+    progress: float = 1.0
+    """Share of the run that is over."""
 
     @cached_property
     def own_NV(self) -> torch.Tensor:

@@ -19,11 +19,15 @@ def from_uniform(logits_NV: torch.Tensor) -> torch.Tensor:
 def _objective(tokens: Tokens, settings: Settings) -> Parts:
     """Eq. 3: CE(y, p_a) over forget answers (Eq. 4) + beta KL(U || p_a) over retain and wrong answers (Eq. 5).
 
-    Means are over real tokens: the published code averages padding too.
+    Means are over real tokens: the published code averages padding too. A stack that ends early starts with large
+    and random logits, far from uniform. `output_scale` brings them near it: p_a is of scaled logits, and the rule's
+    strength is scaled as much. `retain_ramp` lets the assistant remember before it must be uniform elsewhere.
     """
-    remember = mean_over(terms.nll(tokens.own_NV, tokens.labels_N), tokens.is_forget_N)
-    uniform = mean_over(from_uniform(tokens.own_NV), tokens.is_kept_N)
-    retain = settings.retain_weight * uniform
+    logits_NV = settings.output_scale * tokens.own_NV
+    remember = mean_over(terms.nll(logits_NV, tokens.labels_N), tokens.is_forget_N)
+    uniform = mean_over(from_uniform(logits_NV), tokens.is_kept_N)
+    ramp = min(1.0, tokens.progress / settings.retain_ramp) if settings.retain_ramp else 1.0
+    retain = ramp * settings.retain_weight * uniform
     return {"loss": remember + retain, "forget": remember.detach(), "retain": retain.detach()}
 
 
@@ -42,4 +46,5 @@ ULD = Method(
     defaults=_defaults,
     lessons=one_lesson(_objective),
     roles={"a": "adapter"},
+    options=frozenset({"output_scale", "retain_ramp"}),
 )
