@@ -256,31 +256,3 @@ def test_torchs_flash_attention_is_called_as_it_documents(flash: StandIn, window
     assert flash.key_pointer == group.cache.pools_YSD[1].data_ptr()
     assert flash.cu_seq_q == [0, 19, 20, 21, 26, 27, 32]
     assert flash.seqused_k == [24, 24, 10, 5, 5, 36]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("queries", [[39], [3, 4, 5, 6, 39, 20, 7, 8]])
-def test_blocks_side_by_side_give_the_bits_of_scattered_ones(dtype: torch.dtype, queries: list[int]) -> None:
-    """Alone a sequence's blocks may be read where they lie; beside others they are copied together first."""
-    heads = Heads(6, 3, 64, 0.125, None)
-    cache = KVCache.allocate(1, 12, block_size=16, num_kv_heads=3, head_dim=64, dtype=dtype, device=CPU)
-    torch.manual_seed(0)
-    pool_YSD = cache.pools_YSD[0].normal_()
-    blocks = pool_YSD.view(6, 12, 16, 64)
-    blocks[:, [9, 2, 11]] = blocks[:, [4, 5, 6]]
-    qkv_NX = torch.randn(len(queries), heads.num_joint * 64).to(dtype)
-    outcomes = []
-    for ids, stretch in (([4, 5, 6], (4, 3)), ([9, 2, 11], None)):
-        group = SequenceGroup(
-            cache=cache,
-            first_layer=0,
-            rows_SQ=torch.arange(len(queries))[None],
-            positions_SQ=torch.tensor([queries]),
-            blocks_SB=torch.tensor([ids]),
-            moves=None,
-            first=0,
-            same_position=len(queries) == 1,
-        )
-        outcomes.append(attend(0, qkv_NX, Geometry((), (group,)), heads))
-        assert group.stretch == stretch
-    assert torch.equal(*outcomes)

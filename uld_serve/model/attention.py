@@ -45,13 +45,9 @@ def _attend_group(
     layer: int, qkv_NX: torch.Tensor, group: SequenceGroup, heads: Heads
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the group's rows get (P, H * D), and which rows these are, in their order in the layer's batch."""
-    own_layer = layer - group.first_layer
-    if group.stretch is not None:
-        keys_SKCD, values_SKCD = group.cache.stretch(own_layer, *group.stretch)
-    else:
-        keys_SKCD, values_SKCD = group.cache.gather(
-            own_layer, group.context_rows, num_contexts=group.blocks_SB.shape[0]
-        )
+    keys_SKCD, values_SKCD = group.cache.gather(
+        layer - group.first_layer, group.context_rows, num_contexts=group.blocks_SB.shape[0]
+    )
     mask = group.mask(heads.window, num_slots=keys_SKCD.shape[2], dtype=qkv_NX.dtype)
     seats = group.seats(heads.num_heads, heads.num_kv_heads)
     query_XD = qkv_NX.view(-1, heads.head_dim).index_select(0, seats.take)

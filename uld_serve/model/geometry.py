@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal
 
 import torch
 
@@ -62,19 +61,6 @@ class SequenceGroup:
     _seats: dict[tuple[int, int], Seats] = field(default_factory=dict)
     tables: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     _context_rows: torch.Tensor | None = None
-    _stretch: tuple[int, int] | Literal["unknown"] | None = "unknown"
-
-    @property
-    def stretch(self) -> tuple[int, int] | None:
-        """First block and number of blocks of a lone sequence whose blocks lie side by side; None for others, and on a
-        device, where the host would wait for them. Looked at once for all layers."""
-        if self._stretch == "unknown":
-            self._stretch = None
-            if self.blocks_SB.shape[0] == 1 and self.blocks_SB.device.type == "cpu":
-                ids = self.blocks_SB[0].tolist()
-                if ids == list(range(ids[0], ids[0] + len(ids))):
-                    self._stretch = (ids[0], len(ids))
-        return self._stretch
 
     @property
     def context_rows(self) -> torch.Tensor:

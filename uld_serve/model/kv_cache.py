@@ -102,13 +102,6 @@ class KVCache:
         )
         return (first_of_head + blocks_NB.flatten()).flatten()
 
-    def stretch(self, layer: int, first_block: int, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of blocks that lie side by side, as `gather` gives them of one context, but copied by nobody:
-        over 304 slots of SmolLM2 that is a quarter of attention's time on one thread."""
-        slots = slice(first_block * self.block_size, (first_block + num_blocks) * self.block_size)
-        keys_1HCD, values_1HCD = self.pools_YSD[layer][None, :, slots].chunk(2, dim=1)
-        return keys_1HCD, values_1HCD
-
     def gather(
         self, layer: int, rows: torch.Tensor, *, num_contexts: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

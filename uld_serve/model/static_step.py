@@ -169,7 +169,6 @@ def _at(group: SequenceGroup, positions_N: torch.Tensor) -> SequenceGroup:
         moves=group.moves,
         first=group.first,
         same_position=group.same_position,
-        _stretch=None,  # what the table holds now is not what it will hold
     )
 
 
