@@ -99,9 +99,18 @@ def clock_of(name: VariantName, case: Case) -> Clock:
         return Clock(name, _host_clock(call, case, VARIANTS.index(name)), False)
     if not is_recordable:
         return Clock(name, _event_clock(lambda: _all_buffers(call, case), _num_calls(case)), False)
+    return _device_clock(name, call, case)
+
+
+def _device_clock(name: VariantName, call: Call, case: Case) -> Clock:
+    """Of a recorded graph; of plain launches where recording is refused, as it is to what waits for the device."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        _all_buffers(call, case)
+    try:
+        with torch.cuda.graph(graph):
+            _all_buffers(call, case)
+    except RuntimeError:
+        synchronize(case.device)
+        return Clock(name, _event_clock(lambda: _all_buffers(call, case), _num_calls(case)), False)
     return Clock(name, _event_clock(graph.replay, _num_calls(case)), True)
 
 
@@ -205,6 +214,18 @@ def _flashinfer_missing() -> str | None:
         # Before 0.2.3 they took uniform numbers too and gave a success flag.
         if known[: len(names)] != names or "uniform_samples" in known:
             return f"this FlashInfer has no {function}({', '.join(names)}); 0.2.6 and later have"
+    return _flashinfer_trial() if torch.cuda.is_available() else None
+
+
+def _flashinfer_trial() -> str | None:
+    """It may have to compile first, for which not every machine has what it takes."""
+    sampling = importlib.import_module("flashinfer.sampling")
+    try:
+        sampling.sampling_from_logits(torch.zeros(1, 128, device="cuda"))
+    except (RuntimeError, OSError, ImportError) as error:
+        return (
+            f"FlashInfer does not run: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        )
     return None
 
 
