@@ -153,6 +153,17 @@ def lucky_thresholds(row, lucky_ptr, max_value, threshold, NOISE_GROUPS: tl.cons
 
 
 @triton.jit
+def _append(ids_ptr, s_ptr, b_ptr, num_listed, ids, s, b, taken):
+    """Writes the taken tokens of a block behind the list; returns its new length."""
+    taken_int = tl.where(taken, 1, 0)
+    slots = num_listed + tl.cumsum(taken_int, 0) - taken_int
+    tl.store(ids_ptr + slots, ids, mask=taken_int != 0)
+    tl.store(s_ptr + slots, s, mask=taken_int != 0)
+    tl.store(b_ptr + slots, b, mask=taken_int != 0)
+    return num_listed + tl.sum(taken_int)
+
+
+@triton.jit
 def list_candidates(
     row, group_max_ptr, num_groups, threshold, max_value, mass, count, protected_ptr, protected_ids_ptr, num_protected,
     group_list_ptr, lucky_ptr, ids_ptr, s_ptr, b_ptr,
@@ -187,12 +198,7 @@ def list_candidates(
                 taken = taken & (value >= threshold)
             if protect:
                 taken = taken & (tl.load(protected_ptr + ids, mask=in_range, other=0) == 0)
-            taken_int = taken.to(tl.int32)
-            slots = num_listed + tl.cumsum(taken_int, 0) - taken_int
-            tl.store(ids_ptr + slots, ids, mask=taken)
-            tl.store(s_ptr + slots, s, mask=taken)
-            tl.store(b_ptr + slots, b, mask=taken)
-            num_listed += tl.sum(taken_int)
+            num_listed = _append(ids_ptr, s_ptr, b_ptr, num_listed, ids, s, b, taken)
             if list_mode == LIST_NUCLEUS:
                 weights = tl.exp((value - max_value) / tl.load(floats + TEMPERATURE))
                 mass_listed += tl.sum(tl.where(taken, weights, 0.0))
@@ -206,11 +212,6 @@ def list_candidates(
         inside = start + lane < num_protected
         ids = tl.load(protected_ids_ptr + start + lane, mask=inside, other=0).to(tl.int32)
         _, b, s, live = value_of(row, ids, inside, num_terms)
-        live_int = live.to(tl.int32)
-        slots = num_listed + tl.cumsum(live_int, 0) - live_int
-        tl.store(ids_ptr + slots, ids, mask=live)
-        tl.store(s_ptr + slots, s, mask=live)
-        tl.store(b_ptr + slots, b, mask=live)
-        num_listed += tl.sum(live_int)
+        num_listed = _append(ids_ptr, s_ptr, b_ptr, num_listed, ids, s, b, live)
     tl.debug_barrier()
     return num_listed
