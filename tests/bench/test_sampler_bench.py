@@ -113,6 +113,7 @@ def test_the_chain_of_mixed_rows_draws_for_all_of_them() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where its compiler is imported
 def test_the_compiled_chain_is_timed_where_it_is_named(bench: Bench) -> None:
     found = bench(
         "sampler", *SMALL, "--batch", "2", "--vocab", "300", "--rows", "subtract", "--variants", "static", "compiled"
