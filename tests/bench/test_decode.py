@@ -95,7 +95,7 @@ def test_crowded_has_as_many_rows_as_mixed(batch: int) -> None:
         prompts = random_prompts(num_requests(mode, batch), 8, vocab_size=512, seed=0)
         variant.fill(prompts, SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0))
         scheduler = variant.engine.scheduler
-        rows[mode] = sum(scheduler.num_rows(one.sequence, one.count) for one in scheduler.schedule())
+        rows[mode] = sum(one.num_rows for one in scheduler.schedule())
     assert rows["mixed"] == rows["crowded"] > batch
 
 

@@ -39,8 +39,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What wants of one kind get, on its way to the host. `logprobs` are of the token, and of the best ones by id; None
-    where nobody asked."""
+    """What wants of one kind (all draws, or all given) get, on its way to the host. `logprobs` are of the token, and of
+    the best ones by id; None where nobody asked."""
 
     wants: Series[Want]
     token_ids_B: torch.Tensor
@@ -145,7 +145,7 @@ class Sampler:
 
     def _part(self, wants: Series[Want], out: SampleOutput | ScoreOutput, token_ids_B: torch.Tensor) -> _Part:
         logprobs = None
-        if any(self._num_logprobs(want) is not None for want in wants):
+        if wants[0].target_id is not None or {want.sequence.params.logprobs for want in wants} != {None}:
             logprobs = to_host(out.logprob_B), to_host(out.top_ids_BN), to_host(out.top_logprobs_BN)
         return _Part(wants, token_ids_B, to_host(out.status_B), logprobs, out.digests)
 
@@ -197,8 +197,8 @@ class Sampler:
     def _row(self, want: Want, places: Series[int] | None) -> SampleRow:
         sequence, params = want.sequence, want.sequence.params
         repeats = params.repetition_penalty != 1.0
-        num_drawn = want.position - len(sequence.prompt_ids)
-        assert not params.penalises or num_drawn == len(sequence.output_ids), "a penalty for tokens unknown"
+        num_drawn, penalises = want.position - len(sequence.prompt_ids), params.penalises
+        assert not penalises or num_drawn == len(sequence.output_ids), "a penalty for tokens unknown"
         row, stream_rows = want.row, want.stream_rows
         if places is not None:
             row, stream_rows = places[row], tuple(places[one] for one in stream_rows)
@@ -216,7 +216,7 @@ class Sampler:
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             prompt_ids=self._ids(sequence.prompt_ids) if repeats else None,
-            output_ids=self._ids(sequence.output_ids) if params.penalises else None,
+            output_ids=self._ids(sequence.output_ids) if penalises else None,
             logit_bias=self._bias(sequence),
             banned_ids=self._banned(sequence, num_drawn),
             num_logprobs=params.logprobs or 0,

@@ -70,19 +70,20 @@ class Scheduler:
 
     def _choose(self, has_room: Callable[[Sequence, int], bool]) -> list[Scheduled]:
         scheduled: list[Scheduled] = []
-        budget = self.config.max_step_rows
+        budget, num_done = self.config.max_step_rows, 0
         for sequence in sorted(self.running, key=lambda one: one.remaining > 1):
             if sequence not in self.running:  # preempted by an older one in this very step
                 continue
             count = self._affordable(sequence, budget)
             if count and has_room(sequence, count):
                 scheduled.append(sequence.next(count))
-                budget -= self.num_rows(sequence, count)
+                budget -= scheduled[-1].num_rows
+            elif not count and not sequence.remaining:
+                num_done += 1  # its last token is in flight
         # An older one may have taken the blocks of a newer one that was scheduled before it.
         still_running = {id(sequence) for sequence in self.running}
         scheduled = [item for item in scheduled if id(item.sequence) in still_running]
-        # Those about to end have nothing to run. If nobody else was left out, newcomers may join.
-        if sum(sequence.remaining > 0 for sequence in self.running) == len(scheduled):
+        if len(self.running) - num_done == len(scheduled):  # nobody was left out, so newcomers may join
             self._admit(scheduled, budget)
         return scheduled
 
@@ -99,16 +100,6 @@ class Scheduler:
         for item in scheduled:
             if item.is_live:
                 item.sequence.in_flight.remove(item)
-
-    def num_rows(self, sequence: Sequence, count: int) -> int:
-        """Rows of the widened batch: `count` target rows, as many for each stream with keys and values of its own,
-        and one row a borrowing stream at every scored position."""
-        plan = sequence.plan
-        num_rows = count * len(plan.lanes)
-        if plan.num_borrowing:
-            scored = len(sequence.scored_positions(count)) + sequence.draws_after(count)
-            num_rows += scored * plan.num_borrowing
-        return num_rows
 
     def check_integrity(self) -> None:
         self.pools.check_integrity(self.running)
@@ -140,7 +131,7 @@ class Scheduler:
             sequence.is_preempted = False
             room -= sequence.plan.rows_a_token
             scheduled.append(sequence.next(count))
-            budget -= self.num_rows(sequence, count)
+            budget -= scheduled[-1].num_rows
 
     def _next(self) -> Sequence:
         """Of those who wait: whoever ran before, then the tenant with the fewest running, then the oldest."""
@@ -151,8 +142,7 @@ class Scheduler:
         """The longest next chunk whose rows fit the budget; 0 if none."""
         plan = sequence.plan
         count = min(sequence.remaining, budget // len(plan.lanes))
-        while count and self.num_rows(sequence, count) > budget:
-            excess = self.num_rows(sequence, count) - budget
+        while count > 0 and (excess := sequence.next(count).num_rows - budget) > 0:
             count -= max(1, excess // (len(plan.lanes) + plan.num_borrowing))
         return max(count, 0)
 

@@ -32,6 +32,13 @@ class Scheduled:
     draws: bool
 
     @property
+    def num_rows(self) -> int:
+        """Of the widened batch: `count` target rows, as many for each stream with keys and values of its own, and one
+        row a borrowing stream at every scored position."""
+        plan = self.sequence.plan
+        return self.count * len(plan.lanes) + (len(self.scored) + self.draws) * plan.num_borrowing
+
+    @property
     def is_live(self) -> bool:
         """Whether anybody waits for what it gives: not after its sequence has ended or given its blocks back."""
         return self in self.sequence.in_flight
@@ -117,24 +124,14 @@ class Sequence:
         return self.prompt_ids[start:] + self.output_ids[: start + count - prompt]
 
     def next(self, count: int) -> Scheduled:
-        """The next `count` tokens."""
-        return Scheduled(self, self.num_started, count, self.scored_positions(count), self.draws_after(count))
-
-    def scored_positions(self, count: int) -> range:
-        """Of the next `count` positions, those whose following prompt token is to be scored now.
-
-        A preempted sequence runs its prompt again but does not score it again.
-        """
-        if not self.scores_prompt:
-            return range(0)
-        first = max(self.num_started, len(self.prompt_scores) - 1)
-        return range(first, min(self.num_started + count, len(self.prompt_ids) - 1))
-
-    def draws_after(self, count: int) -> bool:
-        """Whether running the next `count` tokens ends in a draw.
-
-        A prompt of one token that is only scored has nothing to score; its draw is made for the receipt and
-        thrown away.
-        """
+        """The next `count` tokens. Those of a prompt that is only scored are followed by no draw, but that a prompt of
+        one token has nothing to score: its draw is made for the receipt and thrown away."""
+        first = self.num_started
+        scored = self._scored_positions(first, count) if self.scores_prompt else range(0)
         draws = self.params.max_tokens > 0 or len(self.prompt_ids) == 1
-        return draws and count == self.remaining
+        return Scheduled(self, first, count, scored, draws and count == self.remaining)
+
+    def _scored_positions(self, first: int, count: int) -> range:
+        """Of `count` positions, those whose following prompt token is to be scored now. A preempted sequence runs its
+        prompt again but does not score it again."""
+        return range(max(first, len(self.prompt_scores) - 1), min(first + count, len(self.prompt_ids) - 1))
