@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Tests use local files only; a test that reaches for a model hub should fail here as it would offline.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-.PHONY: help setup demo test test-slow gpu-test kernel-compile lint types check format clean
+.PHONY: help setup demo test test-slow gpu-test gpu-sanitize kernel-compile lint types check format clean
 
 help:
 	@echo "make demo       one question, two answers, through a real server"
@@ -13,6 +13,7 @@ help:
 	@echo "make setup      .venv with the pinned packages, and the embedded model"
 	@echo "make check      lint, types and tests: what CI runs"
 	@echo "make test-slow  the tests that take minutes; make gpu-test: those that need a CUDA device"
+	@echo "make gpu-sanitize  one pass of every kernel under compute-sanitizer, on a CUDA device"
 	@echo "make kernel-compile  lower every kernel variant to PTX for sm_80 and sm_90, without a GPU"
 	@echo "make lint | types | format | clean"
 
@@ -43,6 +44,9 @@ kernel-compile: setup
 
 gpu-test: setup
 	$(PYTEST) -m gpu --timeout 600
+
+gpu-sanitize: setup
+	$(BIN)/python benchmarks/gpu_sanitize.py --run
 
 lint: setup
 	$(BIN)/ruff format --check .
