@@ -100,7 +100,7 @@ def forecast(base: Base, sources: Sources, settings: Settings, *, name: str, wat
         lessons=[_lesson(one, settings, base) for one in rehearsals],
         num_examples=whole,
         answer_tokens_an_example=round(sum(len(one.answer_ids) for one in tried) / len(tried), 1),
-        seconds={name: round(value, 1) for name, value in seconds.items()},
+        seconds={name: round(value, 3) for name, value in seconds.items()},
         bytes=max(_bytes(one, sum(whole.values())) for one in rehearsals),
     )
 
