@@ -89,6 +89,7 @@ def trial_rows(vocab_size: int) -> list[SampleRow]:
     for terms in ((), (hush,), (relu,)):
         rows += [replace(row, terms=terms, seed=12, position=number) for number, row in enumerate(extras)]
     rows += [SampleRow(_SPOILED), SampleRow(0, (replace(relu, row_a=_SPOILED),), seed=2)]
+    rows += [SampleRow(4, (replace(hush, row_a=_SPOILED), relu), seed=4)]
     return [*rows, SampleRow(4, (hush,), seed=3, compose=rules.COMPOSE_SUM)]
 
 

@@ -256,6 +256,20 @@ def test_numerical_errors_end_their_rows_only() -> None:
     assert output.status_B.tolist() == [0, 1, 1, 1, 1, 1, 0]
 
 
+@pytest.mark.parametrize("spoiled", [float("nan"), inf])
+@pytest.mark.parametrize(
+    "knows", [replace(SUBTRACT, protect=False), replace(PAIR, row_q=2, row_p=1, **PLAUSIBLE)]
+)
+def test_a_normaliser_spoiled_by_a_filtered_token_does_not_drop_its_term(knows: Term, spoiled: float) -> None:
+    logits_RV = logits(6, 41)
+    worst, best = int(logits_RV[0].argmin()), int(logits_RV[0].argmax())
+    logits_RV[1, best] += 50.0
+    logits_RV[1, worst] = spoiled
+    rows = [SampleRow(0, (knows, RELU), temperature=0.0), SampleRow(0, (RELU,), temperature=0.0)]
+    output = assert_same_as_torch(logits_RV, rows, vocab_size=41)
+    assert output.status_B.tolist() == [rules.NUMERICAL, rules.OK]
+
+
 def test_nothing_kept_is_reported_not_sampled() -> None:
     everything = torch.arange(41, device=DEVICE)
     rows = [
