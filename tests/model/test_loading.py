@@ -46,6 +46,11 @@ def test_the_fingerprint_does_not_depend_on_the_dtype_it_is_served_in(tiny: Tiny
     assert load_base(str(tiny.folder), dtype="bfloat16", device="cpu").fingerprint == tiny.base.fingerprint
 
 
+def test_a_base_names_its_device_as_its_tensors_do(tiny: Tiny) -> None:
+    base = load_base(str(tiny.folder), dtype="float32", device="cpu:0")
+    assert base.device == base.model.get_output_embeddings().weight.device
+
+
 def test_the_tokenizer_hash_ignores_padding_set_by_its_last_user(tiny: Tiny) -> None:
     tokenizer = load_base(str(tiny.folder), dtype="float32", device="cpu").tokenizer
     tokenizer(["a", "longer"], padding=True, truncation=True, max_length=4)

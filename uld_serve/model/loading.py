@@ -93,7 +93,8 @@ def load_base(ref: str | None = None, *, dtype: DType = "auto", device: str = "a
         num_layers=int(model.config.get_text_config().num_hidden_layers),
         eos_ids=_eos_ids(model, tokenizer),
         dtype=torch_dtype,
-        device=where,
+        # With its number: `cuda` is not equal to the `cuda:0` of the tensors there.
+        device=model.device,
     )
 
 
