@@ -209,34 +209,6 @@ def test_score_gives_the_distribution_that_is_sampled_from(terms: tuple[Term, ..
     assert output.rank_B.tolist() == [1 + int((expected > expected[i]).sum()) for i in range(VOCAB)]
 
 
-@pytest.mark.parametrize(
-    ("terms", "temperature", "top_p"),
-    [((), 1.0, 1.0), ((SUBTRACT,), 1.0, 1.0), ((RELU,), 2.0, 0.9), ((SUBTRACT, RELU), 1.5, 1.0)],
-)
-def test_frequencies_of_draws_fit_the_exact_distribution(
-    terms: tuple[Term, ...], temperature: float, top_p: float
-) -> None:
-    logits_RV = random_logits(13, spread=1.5)
-    num_draws = 3000
-    rows = [
-        SampleRow(0, terms, temperature=temperature, top_p=top_p, seed=77, position=position)
-        for position in range(num_draws)
-    ]
-    counts = torch.bincount(sample(logits_RV, *rows).token_ids_B, minlength=VOCAB).double()
-    expected = dense_oracle.sampling_scores(logits_RV, rows[0], PROTECTED).softmax(-1) * num_draws
-    assert (counts[expected == 0.0] == 0.0).all()
-    # Bins below 5 expected draws are pooled, as the chi-square approximation wants.
-    large = expected >= 5.0
-    pooled_counts = torch.cat([counts[large], counts[~large].sum().view(1)])
-    pooled = torch.cat([expected[large], expected[~large].sum().view(1)])
-    pooled_counts, pooled = pooled_counts[pooled > 0.0], pooled[pooled > 0.0]
-    statistic = ((pooled_counts - pooled) ** 2 / pooled).sum().item()
-    degrees = pooled.shape[0] - 1
-    # Wilson-Hilferty: the 99.9 % quantile of chi-square.
-    limit = degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
-    assert statistic < limit
-
-
 def test_top_p_of_a_flat_distribution_looks_beyond_its_first_candidates() -> None:
     size = 5000
     logits_RV = torch.randn(1, size, generator=torch.Generator().manual_seed(14)) * 0.01
