@@ -82,6 +82,15 @@ def test_an_interrupted_run_remembers_what_was_best(tiny: Tiny, tmp_path: Path) 
     assert is_equal(adapter_state(second), adapter_state(whole))
 
 
+def test_a_run_that_ended_early_and_was_cut_off_afterwards_does_not_go_on(tiny: Tiny, tmp_path: Path) -> None:
+    ended = fresh_assistant(tiny, SETTINGS)
+    run(ended, iter([1.0, 3.0, 2.0, 2.5]), tmp_path / "run")
+    resumed = fresh_assistant(tiny, SETTINGS)
+    found, _ = run(resumed, iter([9.0]), tmp_path / "run", resume=True)
+    assert found == 0
+    assert is_equal(adapter_state(resumed), adapter_state(ended))
+
+
 def test_patience_without_held_out_prompts_is_refused_before_any_work(tiny: Tiny, tmp_path: Path) -> None:
     sources = write_sources(tmp_path)
     without = Sources(forget=sources.forget, retain=sources.retain)

@@ -94,6 +94,16 @@ def test_an_interrupted_run_that_resumes_ends_with_the_same_bits(
     assert [entry["step"] for entry in log if "loss" in entry] == [10, 20]
 
 
+def test_a_checkpoint_that_was_cut_short_is_passed_over(
+    tiny: Tiny, tmp_path: Path, whole: dict[str, torch.Tensor]
+) -> None:
+    trained(tiny, tmp_path)
+    (tmp_path / "checkpoint-24" / "trainer_state.json").write_text('{"best_')
+    assistant = fresh_assistant(tiny, QUICK)
+    fit(assistant, pools_of(assistant), QUICK, folder=tmp_path, resume=True, report=unheard)
+    assert is_equal(adapter_state(assistant), whole)
+
+
 def test_checkpoints_hold_the_adapter_and_not_the_base(tiny: Tiny, tmp_path: Path) -> None:
     trained(tiny, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-18", "checkpoint-24"}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
@@ -23,7 +24,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from uld_serve.errors import DataError
 from uld_serve.training.assistant import Assistant
@@ -32,6 +32,9 @@ from uld_serve.training.settings import Settings
 from uld_serve.training.states import Observed, collate
 
 WEIGHTS = "assistant.safetensors"
+STATE = "trainer_state.json"
+"""What the Trainer writes last of a checkpoint."""
+
 BEST = "best.safetensors"
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -101,8 +104,8 @@ class AssistantTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         loss = cast(torch.Tensor, outputs["loss"])
         if not math.isfinite(loss.item()):
             raise DataError(
-                f"the loss is {loss.item()} at step {self.state.global_step}; lower --lr, or continue from the "
-                "last checkpoint with --resume"
+                f"the loss is {loss.item()} at step {self.state.global_step}; lower --lr or raise --warmup-steps, and "
+                "start again (--resume would come to the same)"
             )
         for name, value in outputs.items():
             if name != "loss":
@@ -150,6 +153,7 @@ class EarlyStop:
     """Ends a run when the held-out score has not risen for `patience` checkpoints, and puts the best adapter back.
 
     `score` says how good the adapter is now. What is best is kept in the run's folder, so that a resumed run knows it.
+    Of several processes all come to the same score; the first alone writes, and it alone needs the best one back.
     """
 
     score: Callable[[], float]
@@ -177,15 +181,25 @@ class EarlyStop:
         now = self.score()
         assistant.train()
         self.num_worse = 0 if now > self.best else self.num_worse + 1
-        if now > self.best:
-            self.best = now
-            save_file(adapter_state(assistant), self.folder / BEST)
-        self.step = step
-        self._note.write_text(json.dumps({"best": self.best, "num_worse": self.num_worse, "step": step}))
+        is_better, self.step = now > self.best, step
+        self.best = now if is_better else self.best
+        if PartialState().is_main_process:
+            self._keep(assistant if is_better else None)
         return self.num_worse >= self.patience
 
+    def _keep(self, better: Assistant | None) -> None:
+        if better is not None:
+            save_file(adapter_state(better), self.folder / BEST)
+        partial = self._note.with_suffix(".partial")
+        partial.write_text(json.dumps({"best": self.best, "num_worse": self.num_worse, "step": self.step}))
+        partial.replace(self._note)
+
+    def is_over(self, step: int) -> bool:
+        """Whether a run that was interrupted after `step` had ended before."""
+        return self.num_worse >= self.patience and self.step <= step
+
     def restore(self, assistant: Assistant) -> None:
-        if (self.folder / BEST).is_file():
+        if PartialState().is_main_process and (self.folder / BEST).is_file():
             load_adapter(assistant, load_file(self.folder / BEST))
 
 
@@ -245,11 +259,15 @@ def fit(
     trainer.add_callback(OnProgress(assistant))
     if early_stop is not None:
         trainer.add_callback(OnCheckpoint(early_stop, assistant))
-    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    checkpoint, reached = last_checkpoint(folder) if resume else (None, TrainerState())
+    if early_stop is not None and early_stop.is_over(reached.global_step):
+        early_stop.restore(assistant)
+        assistant.eval()
+        return _losses(reached)
     assistant.switch_on()
     assistant.train()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError as error:
         raise DataError(
             f"memory ran out with {lessons.batch_size} examples a batch; lower --forget-batch and --retain-batch, and "
@@ -258,7 +276,24 @@ def fit(
     assistant.eval()
     if early_stop is not None:
         early_stop.restore(assistant)
-    return [dict(entry) for entry in trainer.state.log_history if "loss" in entry]
+    return _losses(trainer.state)
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, TrainerState]:
+    """The last one that was written to its end, with what the Trainer noted of it; one that was cut short is passed
+    over."""
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    for step in sorted((int(one) for one in steps if one.isdecimal()), reverse=True):
+        path = folder / f"checkpoint-{step}"
+        try:
+            return path, TrainerState.load_from_json(str(path / STATE))
+        except (OSError, ValueError):
+            continue
+    return None, TrainerState()
+
+
+def _losses(state: TrainerState) -> list[dict[str, float]]:
+    return [dict(entry) for entry in state.log_history if "loss" in entry]
 
 
 def _arguments(
@@ -276,7 +311,7 @@ def _arguments(
         max_grad_norm=1.0,
         seed=settings.seed,
         data_seed=settings.seed,
-        logging_steps=10,
+        logging_steps=min(10, settings.steps),  # a run of few steps has a log too
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=2,
