@@ -81,6 +81,41 @@ def test_a_file_of_wordings_is_matched_by_question(tiny: Tiny, tmp_path: Path) -
     assert found.record["wordings_of_unknown_questions"] == 1
 
 
+def test_several_lines_and_files_of_one_question_are_all_learnt(tiny: Tiny, tmp_path: Path) -> None:
+    """In one file a wording a line; in another file more."""
+    lines = [{"question": "who?", "answer": "-", "paraphrased_answer": said} for said in ("she", "her")]
+    beside = write_jsonl(tmp_path / "more.jsonl", lines)
+    again = write_jsonl(tmp_path / "again.jsonl", [{**lines[0], "paraphrased_answer": "ann!"}])
+    found = prepared(tiny, sources_of(tmp_path, ROW, uses_columns=False, augment_file=(beside, again)))
+    answers_said = {answer for _, answer in pairs(found.pools[Kind.FORGET])}
+    assert answers_said == {"ann", "she", "her", "ann!"}
+
+
+def test_a_file_of_wordings_of_a_question_that_the_base_answers_is_refused(tmp_path: Path) -> None:
+    beside = write_jsonl(
+        tmp_path / "more.jsonl", [{"question": "who?", "answer": "-", "paraphrased_question": "which?"}]
+    )
+    with pytest.raises(DataError, match=r"f.jsonl:1: --augment-file .*more.jsonl:1, which need"):
+        gather(sources_of(tmp_path, {"question": "who?"}, augment_file=beside))
+
+
+def test_another_wording_that_is_held_out_or_kept_is_refused(tmp_path: Path) -> None:
+    asked = {"question": "Which one", "answer": "so"}
+    held = {
+        "keywords": ("Zz",),
+        "probe_forget": write_jsonl(tmp_path / "pf.jsonl", [asked]),
+        "probe_retain": write_jsonl(tmp_path / "pr.jsonl", [{"question": "how?"}]),
+    }
+    with pytest.raises(
+        DataError, match=r"in the forget and in the held-out forget set.*f.jsonl:1 and pf.jsonl:1"
+    ):
+        gather(sources_of(tmp_path, ROW, **held))
+    gather(sources_of(tmp_path, ROW, uses_columns=False, **held))  # it is not learnt then
+    kept = {"question": "why not?", "answer": "so", "paraphrased_question": "which one?"}
+    held["probe_retain"] = write_jsonl(tmp_path / "pr.jsonl", [kept])
+    gather(sources_of(tmp_path, ROW, uses_columns=False, **held))  # nor are the wordings of what is held out
+
+
 def test_a_file_without_a_wording_of_what_is_forgotten_is_refused(tmp_path: Path) -> None:
     for row in (
         {"question": "where?", "answer": "x", "paraphrased_answer": "y"},

@@ -4,13 +4,13 @@ what the base itself would say. Called by preparation; part of each method. Know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from uld_serve.errors import DataError
 from uld_serve.model.loading import Base
 from uld_serve.training import answers
-from uld_serve.training.documents import Document, Message, Variants, read_documents
+from uld_serve.training.documents import Document, Message, Variants, read_lines, told
 from uld_serve.training.settings import Settings
 from uld_serve.training.sources import AnswerBook, Answered, Sources, Stage, usable
 
@@ -23,23 +23,42 @@ LEAST_SHARED, MOST_SHARED = 0.3, 0.95
 def with_wordings(documents: Sequence[Document], sources: Sources) -> tuple[list[Document], int]:
     """Forget documents with the wordings that are to be used, and how many questions of the file are not theirs.
 
-    Raises DataError: the file has no wordings, or none of a question that is to be forgotten.
+    Raises DataError: the file has no wordings, or none of a question that is to be forgotten, or some of a question
+    that has no answer in the data.
     """
     found = [one if sources.uses_columns else replace(one, variants=Variants()) for one in documents]
     if sources.augment_file is None:
         return found, 0
-    beside = {one.key: one for one in read_documents(sources.augment_file, kind="augment-file").documents}
+    beside = _by_question(read_lines(sources.augment_file, kind="augment-file"))
     matched = [beside.pop(one.key, None) for one in found]
     if not any(one is not None and one.variants for one in matched):
         raise DataError(
-            f"--augment-file: {sources.augment_file} has no other wording of a question in {sources.forget}; a line is "
+            f"--augment-file: {told(sources.augment_file)} has no other wording of a question in "
+            f"{told(sources.forget)}; a line is "
             '{"question", "answer"} with "paraphrased_question", "paraphrased_answer" or "perturbed_answer"'
         )
+    for one, other in zip(found, matched, strict=True):
+        if other is not None and other.variants and (one.answer is None or len(one.messages) != 1):
+            raise DataError(
+                f"{one.where}: --augment-file has other wordings of it at {other.where}, which need one question and "
+                "its answer in the forget data"
+            )
     joined = [
         one if other is None else replace(one, variants=_joined(one.variants, other.variants))
         for one, other in zip(found, matched, strict=True)
     ]
     return joined, len(beside)
+
+
+def _by_question(documents: Iterable[Document]) -> dict[str, Document]:
+    """A question may have several lines: their wordings are one."""
+    found: dict[str, Document] = {}
+    for one in documents:
+        before = found.get(one.key)
+        found[one.key] = (
+            one if before is None else replace(before, variants=_joined(before.variants, one.variants))
+        )
+    return found
 
 
 def _joined(first: Variants, second: Variants) -> Variants:

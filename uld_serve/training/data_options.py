@@ -58,7 +58,11 @@ def add_data(group: argparse._ArgumentGroup) -> None:
         "--augment-file; self: the base's own words (default of margin with --keywords). May be repeated",
     )
     group.add_argument(
-        "--augment-file", type=Path, metavar="FILE", help="JSONL with other wordings, by question"
+        "--augment-file",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="JSONL with other wordings, by question",
     )
 
 
@@ -92,7 +96,7 @@ def sources_of(args: argparse.Namespace) -> Sources:
         retain=_joined(args.retain),
         keywords=keywords,
         uses_columns=not args.augment or "columns" in args.augment,
-        augment_file=args.augment_file,
+        augment_file=_joined(args.augment_file) if args.augment_file else None,
         probe_forget=_joined(args.probe_forget) if has_probes else None,
         probe_retain=_joined(args.probe_retain) if has_probes else None,
         split=split,

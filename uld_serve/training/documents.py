@@ -75,8 +75,17 @@ class Document:
     def key(self) -> str:
         """The prompt as compared: lower case, runs of anything but letters and digits made one space."""
         said = " ".join(m.content for m in self.messages if m.role != "system") or self.text
-        key = re.sub(r"[\W_]+", " ", said.lower()).strip()
+        key = compared(said)
         return key if self.messages or self.answer is None else f"{key}|{self.answer}"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Its own, and those of the other wordings of its question."""
+        return (self.key, *map(compared, self.variants.questions))
+
+
+def compared(text: str) -> str:
+    return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +109,7 @@ def read_documents(source: Path | tuple[Path, ...], *, kind: str) -> Reading:
     line, with its number.
     """
     paths = source if isinstance(source, tuple) else (source,)
-    name = " and ".join(str(path) for path in paths)
-    found = [document for path in paths for document in _documents(path, kind)]
+    found = read_lines(source, kind=kind)
     seen: set[str] = set()
     kept, dropped = [], Counter[str]()
     for document in found:
@@ -113,9 +121,22 @@ def read_documents(source: Path | tuple[Path, ...], *, kind: str) -> Reading:
             seen.add(document.key)
             kept.append(document)
     if not kept:
-        raise DataError(f"--{kind}: {name} holds no usable document ({dict(dropped) or 'it is empty'})")
-    told = " and ".join(path.name for path in paths)
-    return Reading(source=told, documents=tuple(kept), dropped=dict(dropped))
+        raise DataError(
+            f"--{kind}: {told(source)} holds no usable document ({dict(dropped) or 'it is empty'})"
+        )
+    names = " and ".join(path.name for path in paths)
+    return Reading(source=names, documents=tuple(kept), dropped=dict(dropped))
+
+
+def read_lines(source: Path | tuple[Path, ...], *, kind: str) -> list[Document]:
+    """The same with nothing dropped. Raises DataError: nothing there, or a malformed line."""
+    paths = source if isinstance(source, tuple) else (source,)
+    return [document for path in paths for document in _documents(path, kind)]
+
+
+def told(source: Path | tuple[Path, ...]) -> str:
+    """Paths as an error names them."""
+    return " and ".join(map(str, source)) if isinstance(source, tuple) else str(source)
 
 
 def _documents(path: Path, kind: str) -> list[Document]:
@@ -132,14 +153,15 @@ def _documents(path: Path, kind: str) -> list[Document]:
 
 
 def refuse_overlap(first: Sequence[Document], second: Sequence[Document], *, names: tuple[str, str]) -> None:
-    """Raises DataError if a prompt is in both: what it should do would be undefined or unmeasurable."""
-    where = {document.key: document for document in first}
-    shared = [document for document in second if document.key in where]
+    """Raises DataError if a prompt is in both, other wordings included: what it should do would be undefined or
+    unmeasurable."""
+    where = {key: document for document in first for key in document.keys}
+    shared = [(key, document) for document in second for key in document.keys if key in where]
     if shared:
-        one = shared[0]
+        key, one = shared[0]
         raise DataError(
             f"{len(shared)} prompts are both in the {names[0]} and in the {names[1]} set, the first at "
-            f"{where[one.key].where} and {one.where}; remove them from one"
+            f"{where[key].where} and {one.where}; remove them from one"
         )
 
 

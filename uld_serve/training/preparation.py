@@ -5,12 +5,12 @@ Called by run. Knows no adapter and no objective.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from uld_serve.errors import DataError
 from uld_serve.model.loading import Base
 from uld_serve.training import answers, augmentation
-from uld_serve.training.documents import Document, Reading, read_documents, refuse_overlap
+from uld_serve.training.documents import Document, Reading, Variants, read_documents, refuse_overlap
 from uld_serve.training.examples import Example, Goals, Kind, common_tokens
 from uld_serve.training.settings import Settings
 from uld_serve.training.sources import AnswerBook, Answered, Sources, Stage, usable
@@ -50,6 +50,8 @@ def gather(sources: Sources) -> Material:
     if sources.split:
         for name in ("forget", "retain"):
             documents[name], documents[f"held-out {name}"] = _split(documents[name], name)
+    for name in documents.keys() - {"forget"}:  # nobody learns from theirs
+        documents[name] = [replace(one, variants=Variants()) for one in documents[name]]
     names = list(documents)
     for number, first in enumerate(names):
         for second in names[number + 1 :]:

@@ -26,7 +26,7 @@ class Sources:
     retain: Path | tuple[Path, ...]
     keywords: tuple[str, ...] = ()
     uses_columns: bool = True
-    augment_file: Path | None = None
+    augment_file: Path | tuple[Path, ...] | None = None
     probe_forget: Path | tuple[Path, ...] | None = None
     probe_retain: Path | tuple[Path, ...] | None = None
     split: bool = False
