@@ -97,7 +97,9 @@ class LogitGroups:
         """The same in smaller groups."""
         values_MS = self.values_MS.view(-1, group_size)
         num_rows = self.row_N.shape[0]
-        if num_rows * self.max_NG.shape[1] == self.values_MS.shape[0]:
+        # As many rows as there are may still be others, or in another order.
+        is_everything = num_rows * self.max_NG.shape[1] == self.values_MS.shape[0]
+        if is_everything and bool((self.row_N[1:] > self.row_N[:-1]).all()):
             chosen_MS = values_MS
         else:
             chosen_MS = self._whole_rows().index_select(0, self.row_N)

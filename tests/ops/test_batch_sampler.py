@@ -238,3 +238,24 @@ def test_no_row_draws_from_another_ones_tokens() -> None:
     found = Found(torch.tensor([0, 0, 2]), torch.tensor([10, 11, 12]), torch.zeros(3))
     with pytest.raises(RuntimeError, match="no token"):
         draw_few(found, Stream.of([1, 2, 3], [0, 0, 0], torch.device("cpu")), temperature_N1=torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("order", [[2, 0, 3, 1], [3, 3, 0, 0], [1, 2, 3, 0]])
+def test_rows_in_another_order_than_their_logits_keep_their_own_candidates(order: list[int]) -> None:
+    """As many rows as there are of logits, but not those in that order."""
+    vocab_size = 2048
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(8, vocab_size, generator=generator)
+    logits += torch.arange(8)[:, None] * 40.0
+    filtered = {"filter_mode": rules.PLAUSIBILITY, "tau": 1e-6, "min_keep": 10}
+    rows = [SampleRow(row, top_k=10, seed=row, num_logprobs=10) for row in order]
+    rows += [
+        SampleRow(row, (Term(rules.SUBTRACT, 0.1, 7, row_a=4 + row, **filtered),), num_logprobs=10)
+        for row in order
+    ]
+    options = {"vocab_size": vocab_size, "protected_ids": torch.tensor([0])}
+    together = fused_sample(logits, rows, **options)
+    for number, row in enumerate(rows):
+        alone = fused_sample(logits, [row], **options)
+        for name in ("token_ids_B", "status_B", "num_kept_B", "top_ids_BN"):
+            assert torch.equal(getattr(together, name)[number], getattr(alone, name)[0]), (number, name)
