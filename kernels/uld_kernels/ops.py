@@ -79,6 +79,8 @@ def fused_score(
     _check(logits_RV, rows, vocab_size, late)
     if target_ids_B.shape != (len(rows),):
         raise ValueError(f"one target id a row: {len(rows)} rows, target_ids_B {tuple(target_ids_B.shape)}")
+    if target_ids_B.device.type == "cpu" and not ((target_ids_B >= 0) & (target_ids_B < vocab_size)).all():
+        raise ValueError(f"target ids must be 0 to {vocab_size - 1}, got {target_ids_B.tolist()}")
     if _runs_on_triton(logits_RV, vocab_size):
         from uld_kernels import sampler_triton
 

@@ -229,6 +229,15 @@ def test_rows_outside_the_logits_and_wrong_sizes_are_refused() -> None:
         fused_sample(logits_RV, [], vocab_size=VOCAB + 1, protected_ids=PROTECTED)
     with pytest.raises(ValueError, match="one target id a row"):
         fused_score(logits_RV, [SampleRow(0)], torch.arange(2), vocab_size=VOCAB, protected_ids=PROTECTED)
+    for target in (-1, VOCAB):
+        with pytest.raises(ValueError, match="target ids must be"):
+            fused_score(
+                logits_RV,
+                [SampleRow(0)],
+                torch.tensor([target]),
+                vocab_size=VOCAB,
+                protected_ids=PROTECTED,
+            )
 
 
 @pytest.mark.parametrize(
