@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import transformers.utils.logging as transformers_logging
 from tiny_base import Tiny
-from tiny_run import RETAIN, write_questions
+from tiny_run import RETAIN, write_jsonl, write_questions
 
 from uld_serve.engine.request import SamplingParams
 from uld_serve.errors import DataError
@@ -109,11 +109,9 @@ def test_a_request_that_fails_ends_no_other_and_can_be_run_again(
     with pytest.raises(DataError, match="bob exists and a profile is never overwritten"):
         command.run(parse(tiny, manifest))
     write_questions(manifest.parent / "ann.jsonl", ["who is ann?"])
-    # ann's work was begun with other files, so it is not resumed but refused by name; without it, it starts afresh.
-    work = manifest.parent / "profiles" / ".ann.training"
-    for file in work.iterdir():
-        file.unlink()
-    work.rmdir()
+    assert (
+        manifest.parent / "profiles" / ".ann.training"
+    ).is_dir()  # begun with other files: it starts afresh
     assert command.run(parse(tiny, manifest, "--resume", "--json")) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])["profiles"]
     assert [(one["name"], one["status"]) for one in told] == [("ann", "trained"), ("bob", "was there")]
@@ -122,7 +120,18 @@ def test_a_request_that_fails_ends_no_other_and_can_be_run_again(
 def test_requests_are_merged_into_one_assistant(
     tiny: Tiny, manifest: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest.write_text(MANIFEST.replace("strength = 3.5", ""))
+    for name in ("ann", "bob"):  # in another order the same options; a README of each is not of both
+        (manifest.parent / f"{name}.md").write_text(name)
+        beside = {"question": f"who is {name}?", "answer": "-", "paraphrased_answer": f"{name} it is"}
+        write_jsonl(manifest.parent / f"{name}-more.jsonl", [beside])
+        write_jsonl(manifest.parent / f"{name}.jsonl", [{"question": f"who is {name}?", "answer": name}])
+    given = 'augment = "file"\naugment-file = "{0}-more.jsonl"\nreadme = "{0}.md"\n'
+    text = MANIFEST.replace('augment = ["none"]', "").replace(
+        "strength = 3.5", given.format("bob") + "lr = 0.001\nseed = 2"
+    )
+    manifest.write_text(
+        text.replace('name = "ann"', 'name = "ann"\nseed = 2\nlr = 0.001\n' + given.format("ann"))
+    )
     out = manifest.parent / "both"
     parser = argparse.ArgumentParser()
     profiles_command.add_parser(parser.add_subparsers())
@@ -136,7 +145,9 @@ def test_requests_are_merged_into_one_assistant(
     assert told["profile"] == version.ref
     assert (version.name, len(version.profile.streams)) == ("both", 1)
     record = json.loads((out / "training.json").read_text())
-    assert record["data"]["documents"] == {"forget": 6, "retain": 4}
+    assert record["data"]["documents"] == {"forget": 4, "retain": 4}
+    assert record["data"]["augmented"]["wordings"] == 2
+    assert not (out / "README.md").exists()
     assert record["data"]["read"]["forget"]["source"] == "ann.jsonl and bob.jsonl and bobby.jsonl"
 
 
@@ -169,6 +180,7 @@ def test_paths_are_relative_to_the_manifest_and_ids_stay(tmp_path: Path) -> None
         ("[defaults]\nsteps = 3", r"has no \[\[request\]\]"),
         ("[reqest]\nname = 'a'", r"\[reqest\] should be \[defaults\] and \[\[request\]\]"),
         ("[request]\nname = 'a'", r"should be \[defaults\] and \[\[request\]\]"),
+        ("request = ['a']", r"a request is a table, \[\[request\]\]"),
         ("[[request]]\nforget = 'a.jsonl'", "request 1 needs a name"),
         ("[[request]]\nname = '../a'", "request 1 needs a name"),
         ("[[request]]\nname = 'a'\n[[request]]\nname = 'a'", "2 requests named 'a'"),
@@ -202,6 +214,32 @@ def test_a_request_with_a_wrong_option_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(jobs, "load_base", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(DataError, match=words):
         command.run(parse(tiny, manifest))
+
+
+@pytest.mark.parametrize(
+    "given", [("--lr", "0.5"), ("--method", "uld"), ("--name", "a"), ("--preset", "demo")]
+)
+def test_what_each_request_has_for_itself_is_refused_beside_a_manifest(
+    tiny: Tiny, manifest: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(jobs, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(DataError, match=rf"{given[0]} is of one request; put it into .*requests.toml"):
+        command.run(parse(tiny, manifest, *given))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_beside"),
+    [("owner/data.v2:config", False), ("none.jsonl", True), ("names:default:test", True), ("plots/a", False)],
+)
+def test_a_dataset_with_a_dot_or_a_folder_with_a_split_is_found(
+    tmp_path: Path, text: str, is_beside: bool
+) -> None:
+    (tmp_path / "names").mkdir()
+    path = tmp_path / "requests.toml"
+    path.write_text(f'[[request]]\nname = "a"\nretain = "{text}"\nplot = "plots/a"\n')
+    [request] = read_manifest(path)
+    assert request.arguments[1] == (str(tmp_path / text) if is_beside else text)
+    assert request.arguments[3] == str(tmp_path / "plots/a")
 
 
 def test_a_missing_manifest_is_refused(tiny: Tiny, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from uld_serve.errors import DataError
 from uld_serve.training import answers, probing, run
 from uld_serve.training.classroom import Watch
 from uld_serve.training.sources import Sources
+from uld_serve.training.work_folder import content_digest
 
 QUICK = settings_of("margin", steps=14, save_steps=6)
 
@@ -97,6 +98,16 @@ def test_resuming_what_was_told_otherwise_is_refused(tiny: Tiny, tmp_path: Path)
         run_training(tiny, sources, QUICK, out, resume=True)
     write_questions(sources.files[1], RETAIN)
     assert (out.parent / ".out.training" / "adapter" / "checkpoint-6").is_dir()  # still there to go on from
+
+
+def test_a_dataset_in_a_folder_is_compared_by_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "names"
+    folder.mkdir()
+    found = set()
+    for question in ("who?", "where?"):
+        write_questions(folder / "train.jsonl", [question])
+        found |= {content_digest(folder), content_digest(Path(f"{folder}:default:train"))}
+    assert len(found) == 2
 
 
 def test_resuming_on_another_base_is_refused(

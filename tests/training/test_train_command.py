@@ -56,6 +56,9 @@ def is_owned(field: str) -> bool:
     return any(field in one.options for one in METHODS.values())
 
 
+ADAPTED = ("rkld-distill", "undial", "ga", "npo")
+"""Without a rule: the target itself has an adapter."""
+
 OWNED = [field for field in options.SETTINGS if is_owned(field)]
 
 
@@ -70,7 +73,7 @@ def test_each_option_reaches_its_field_and_no_other(tiny: Tiny, field: str) -> N
         "dropout": "0.25",
         "retain_ramp": "0.5",
     }.get(field, other)
-    has_keywords = field == "detour_weight"  # without them there is nothing for it to weigh
+    has_keywords = field in ("detour_weight", "focus_weight")  # without them there is nothing to weigh
     method = owner(field)
     found = settings(tiny, f"--{field.replace('_', '-')}", value, method=method, has_keywords=has_keywords)
     usual = settings(tiny, method=method, has_keywords=has_keywords)
@@ -83,6 +86,24 @@ def test_a_weight_with_nothing_to_weigh_is_refused(tiny: Tiny) -> None:
     for given in ((), ("--augment", "none")):
         with pytest.raises(DataError, match="--detour-weight needs"):
             settings(tiny, "--detour-weight", "3", *given, has_keywords=bool(given))
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "words"),
+    [
+        *((name, ("--strength", "2"), "--strength changes nothing") for name in METHODS if name in ADAPTED),
+        *((name, ("--tau", "0.1"), "--tau changes nothing") for name in METHODS if name in ADAPTED),
+        ("divergence", ("--retain-weight", "2"), "--retain-weight changes nothing in --method divergence"),
+        ("ga", ("--retain-weight", "2", "--retain-term", "none"), "--retain-weight weighs nothing"),
+        ("undial", ("--preset", "undial-official", "--retain-weight", "2"), "--retain-weight weighs nothing"),
+        ("undial", ("--focus-weight", "2"), "--focus-weight needs .* --keywords"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    tiny: Tiny, method: str, given: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        settings(tiny, *given, method=method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -162,6 +183,13 @@ def test_steps_given_take_the_place_of_a_presets_epochs(tiny: Tiny) -> None:
     assert found.for_data(num_forget=1000, num_detours=0).steps == 7
     with pytest.raises(DataError, match="give --steps or --epochs, not both"):
         settings(tiny, "--steps", "7", "--epochs", "2")
+
+
+def test_a_papers_epochs_are_the_teachers_too(tiny: Tiny) -> None:
+    """The strengthening's ten epochs are the paper's number; the student has as many."""
+    found = settings(tiny, "--preset", "rkld-paper", "--forget-batch", "10", method=None)
+    found = found.for_data(num_forget=50, num_detours=0)
+    assert [lesson.steps or found.steps for lesson in METHODS["rkld-distill"].lessons(found)] == [50, 50]
 
 
 def test_epochs_are_passes_over_the_forget_examples(tiny: Tiny) -> None:

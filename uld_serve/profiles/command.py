@@ -49,7 +49,7 @@ def _add_merge(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "merge",
         help="train one assistant for several requests",
         description="Train one assistant on the data of several requests of a manifest (see `uld-serve train "
-        "--manifest`): one stream at serving time instead of one a profile.",
+        "--manifest`): one stream at serving time instead of one a profile. Their readme and plot are left out.",
     )
     merge.add_argument("requests", nargs="*", metavar="REQUEST", help="default: all of the manifest")
     merge.add_argument("--manifest", type=Path, required=True, metavar="FILE")

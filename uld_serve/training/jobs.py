@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -20,12 +20,12 @@ from uld_serve.model.loading import Base, load_base
 from uld_serve.training.classroom import Watch
 from uld_serve.training.data_options import add_data, read_text, sources_of
 from uld_serve.training.dry_run import Forecast, forecast
-from uld_serve.training.manifest import Request, joined, read_manifest
+from uld_serve.training.manifest import OF_ALL, Request, joined, read_manifest
 from uld_serve.training.options import Chosen, add_method, add_settings
 from uld_serve.training.plot import plot_losses, require_plot
 from uld_serve.training.progress import Display
 from uld_serve.training.run import Outcome, refuse_existing, train
-from uld_serve.training.settings import Settings
+from uld_serve.training.settings import Settings, option
 from uld_serve.training.sources import Sources
 from uld_serve.training.work_folder import WorkFolder
 
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     base = load_base(args.base, dtype=args.dtype, device=args.device)
     if args.dry_run:
         return _foretell(job, base, console)
-    outcome = _train(job, base, console, resume=args.resume)
+    outcome = _train(job, base, console, resume=lambda _: bool(args.resume))
     return 0 if outcome is None else _tell(outcome, job, console)
 
 
@@ -131,7 +131,12 @@ def _console(args: argparse.Namespace) -> Console:
 
 
 def _train(
-    job: _Job, base: Base, console: Console, *, resume: bool, answers: Path | None = None
+    job: _Job,
+    base: Base,
+    console: Console,
+    *,
+    resume: Callable[[Settings], bool],
+    answers: Path | None = None,
 ) -> Outcome | None:
     settings = _settings(job, base, console)
     with Display(console, steps=settings.steps) as display:
@@ -142,7 +147,7 @@ def _train(
             settings,
             name=job.name,
             out=job.out,
-            resume=resume,
+            resume=resume(settings),
             readme=job.readme,
             watch=watch,
             answers=answers,
@@ -189,6 +194,7 @@ def _run_manifest(args: argparse.Namespace) -> int:
     """Every request in turn on one base; one that fails ends no other. 1 if any failed."""
     if args.dry_run:
         raise DataError("--dry-run is of one request; leave out --manifest")
+    _refuse_beside_manifest(args)
     jobs = [_job_of(request, args) for request in read_manifest(args.manifest)]
     finished = [job for job in jobs if job.out.exists()]
     if finished and not args.resume:
@@ -213,12 +219,27 @@ def _run_manifest(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _refuse_beside_manifest(args: argparse.Namespace) -> None:
+    """Raises DataError: an option that each request has for itself."""
+    usual = vars(_parsed(["--out", str(args.out)], where=""))
+    for field, value in usual.items():
+        name = option(field)
+        if (name == "name" or name not in OF_ALL) and getattr(args, field) != value:
+            raise DataError(
+                f"--{name} is of one request; put it into {args.manifest}, under [defaults] for all"
+            )
+
+
 def _one_of_many(
     job: _Job, base: Base, console: Console, *, resume: bool, answers: Path
 ) -> dict[str, object]:
-    started = WorkFolder.beside(job.out).path.is_dir()
+    """What was told otherwise when it was begun is begun anew."""
+
+    def goes_on(settings: Settings) -> bool:
+        return resume and WorkFolder.beside(job.out).is_of(base, settings, job.sources)
+
     try:
-        outcome = _train(job, base, console, resume=resume and started, answers=answers)
+        outcome = _train(job, base, console, resume=goes_on, answers=answers)
     except UldError as error:
         console.print(f"{job.name} failed: {error}", highlight=False, markup=False, soft_wrap=True)
         return {"name": job.name, "path": str(job.out), "status": "failed", "reason": str(error)}

@@ -21,10 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uld_serve.errors import DataError
+from uld_serve.training.datasets import is_dataset
 
 PATHS = frozenset(
     {"forget", "retain", "keywords", "probe-forget", "probe-retain", "augment-file", "readme", "plot"}
 )
+SETS = frozenset({"forget", "retain", "probe-forget", "probe-retain"})
+# Of one profile and of no other: left out where several requests become one.
+OWN = ("--readme", "--plot")
 # What belongs to the whole of it, and is given on the command line.
 OF_ALL = frozenset(
     {"base", "dtype", "device", "out", "resume", "json", "manifest", "dry-run", "tracker", "name"}
@@ -54,6 +58,8 @@ def read_manifest(path: Path) -> list[Request]:
         raise DataError(f"--manifest: {path}: {what} should be [defaults] and [[request]]")
     if not requests:
         raise DataError(f"--manifest: {path} has no [[request]]")
+    if not all(isinstance(one, dict) for one in requests):
+        raise DataError(f"--manifest: {path}: a request is a table, [[request]]")
     found = [_request(path, number, {**defaults, **one}) for number, one in enumerate(requests, start=1)]
     names = [one.name for one in found]
     for name in names:
@@ -77,14 +83,15 @@ def _request(path: Path, number: int, row: Mapping[str, object]) -> Request:
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, bool) or not isinstance(one, str | int | float):
                 raise DataError(f"{where} ('{name}'): '{key}' must be text or a number, or a list of them")
-            arguments += [f"--{option}", _resolved(path, str(one)) if option in PATHS else str(one)]
+            arguments += [f"--{option}", _resolved(path, option, str(one)) if option in PATHS else str(one)]
     return Request(name, tuple(arguments))
 
 
-def _resolved(manifest: Path, text: str) -> str:
-    """Relative to the manifest; what is not there may be a Hugging Face id and stays."""
-    beside = manifest.parent / text
-    return str(beside) if beside.exists() or Path(text).suffix else text
+def _resolved(manifest: Path, option: str, text: str) -> str:
+    """Relative to the manifest. What is not there may be a dataset's id and stays; a folder's configuration and split
+    stand behind its name."""
+    is_there = (manifest.parent / text.split(":")[0]).exists()
+    return text if option in SETS and not is_there and is_dataset(text) else str(manifest.parent / text)
 
 
 def joined(requests: Sequence[Request], names: Sequence[str]) -> tuple[str, ...]:
@@ -99,7 +106,7 @@ def joined(requests: Sequence[Request], names: Sequence[str]) -> tuple[str, ...]
     chosen = [by_name[name] for name in names] if names else list(requests)
     split = [_split(one.arguments) for one in chosen]
     for (_, others), one in zip(split[1:], chosen[1:], strict=True):
-        if others != split[0][1]:
+        if sorted(others) != sorted(split[0][1]):
             raise DataError(
                 f"the requests '{chosen[0].name}' and '{one.name}' have other options; one assistant has one training"
             )
@@ -108,7 +115,7 @@ def joined(requests: Sequence[Request], names: Sequence[str]) -> tuple[str, ...]
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(options that name data, the others)"""
-    pairs = list(zip(arguments[::2], arguments[1::2], strict=True))
+    """(options that name data, the others), without a README and a picture"""
+    pairs = [pair for pair in zip(arguments[::2], arguments[1::2], strict=True) if pair[0] not in OWN]
     is_data = {f"--{name}" for name in PATHS}
     return [pair for pair in pairs if pair[0] in is_data], [pair for pair in pairs if pair[0] not in is_data]

@@ -53,7 +53,7 @@ SETTINGS: Mapping[str, tuple[type, str]] = {
     "adjust": (float, "undial: by how much the true token's logit is lowered"),
     "focus_weight": (float, "undial: what a token that opens a keyword weighs"),
     "npo_beta": (float, "npo, offset: beta"),
-    "teacher_steps": (int, "rkld-distill: steps of the teacher"),
+    "teacher_steps": (int, "rkld-distill: steps of the teacher; default: as many as the student's"),
     "teacher_strength": (float, "rkld-distill: strength of the teacher's rule"),
     "direction": (str, "rkld-distill: reverse or forward KL"),
     "forget_batch": (int, "forget examples a step"),
@@ -128,7 +128,16 @@ class Chosen:
             values = {field: value for field, (value, _) in PRESETS[self.preset].values.items()}
         if "steps" in self.given:
             values["epochs"] = None
-        return _replaced(made, values | dict(self.given))
+        found = _replaced(made, values | dict(self.given))
+        if (
+            "retain_weight" in self.given
+            and "retain_term" in self.method.options
+            and found.retain_term == "none"
+        ):
+            raise DataError("--retain-weight weighs nothing with --retain-term none; leave it out")
+        if "focus_weight" in self.given and not has_keywords:
+            raise DataError("--focus-weight needs the tokens that it weighs: give --keywords")
+        return found
 
     def _augmented(self, settings: Settings, *, has_keywords: bool) -> Settings:
         """With the base's own words, as asked for; margin asks by itself where it knows the keywords."""
@@ -166,3 +175,5 @@ def _refuse_others(method: Method, given: Mapping[str, object]) -> None:
         if field in owned - method.options:
             owners = [one.name for one in METHODS.values() if field in one.options]
             raise DataError(f"--{option(field)} is for --method {', '.join(owners)}")
+        if field in method.without:
+            raise DataError(f"--{option(field)} changes nothing in --method {method.name}; leave it out")

@@ -119,10 +119,10 @@ class Settings:
     npo_beta: float = 0.1
     """npo, offset."""
 
-    teacher_steps: int = 160
+    teacher_steps: int | None = None
     teacher_strength: float = 4.0
     direction: Direction = "reverse"
-    """rkld-distill: steps of its first lesson, alpha of its teacher, which KL."""
+    """rkld-distill: steps of its first lesson (None: as many as of its second), alpha of its teacher, which KL."""
 
     def __post_init__(self) -> None:
         for name in POSITIVE:

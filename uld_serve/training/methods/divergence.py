@@ -47,4 +47,5 @@ DIVERGENCE = Method(
     defaults=_defaults,
     lessons=_lessons,
     roles={"q": "retain", "p": "forget"},
+    unused=frozenset({"retain_weight"}),
 )

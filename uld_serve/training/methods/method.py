@@ -77,6 +77,8 @@ class Tokens:
         return ~self.is_forget_N
 
 
+RULE_SETTINGS = frozenset({"strength", "filter", "tau", "min_keep"})
+
 Objective = Callable[[Tokens, Settings], Parts]
 
 
@@ -113,6 +115,13 @@ class Method:
     lessons: Callable[[Settings], tuple[Lesson, ...]]
     roles: Mapping[str, str]
     options: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
+    """Settings of all methods that nothing here reads."""
+
+    @property
+    def without(self) -> frozenset[str]:
+        """Settings of all methods that would change nothing."""
+        return self.unused | (RULE_SETTINGS if self.rule == "identity" else frozenset())
 
     @property
     def changes_target(self) -> bool:
