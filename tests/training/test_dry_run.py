@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 from tiny_base import NUM_LAYERS, Tiny
-from tiny_run import FORGET, RETAIN, fresh_base, settings_of, silent, unheard, write_sources
+from tiny_run import FORGET, RETAIN, fresh_base, settings_of, silent, unheard, write_jsonl, write_sources
 
 from uld_serve.errors import DataError
+from uld_serve.model.loading import Base
 from uld_serve.training.classroom import Watch
 from uld_serve.training.dry_run import Forecast, forecast
 from uld_serve.training.methods.catalog import METHODS
+from uld_serve.training.sources import Sources
 
 WATCH = Watch(stage=silent, report=unheard)
 
@@ -69,6 +71,19 @@ def test_more_steps_take_longer_and_more_examples_more_room(tiny: Tiny, tmp_path
     assert own.bytes > 5 * short.bytes
 
 
+def test_a_few_documents_that_leave_nothing_to_learn_are_not_all(tiny: Tiny, tmp_path: Path) -> None:
+    """The first answers of what stays name a keyword, so no example is made of them."""
+    rows = [{"question": f"why {n}?", "answer": "Zz" if n < 3 else "so"} for n in range(5)]
+    forget = write_jsonl(tmp_path / "f.jsonl", [{"question": "who?", "answer": "Zz"}])
+    sources = Sources(forget=forget, retain=write_jsonl(tmp_path / "r.jsonl", rows), keywords=("Zz",))
+    settings = settings_of("divergence")
+    found = forecast(fresh_base(tiny), sources, settings, name="tiny", watch=WATCH)
+    assert {one["kind"] for one in found.examples} == {"forget", "retain"}
+    write_jsonl(tmp_path / "r.jsonl", rows[:3])
+    with pytest.raises(DataError, match="no usable retain example: its answers are empty or name a keyword"):
+        forecast(fresh_base(tiny), sources, settings, name="tiny", watch=WATCH)
+
+
 def test_what_a_run_would_refuse_a_dry_one_refuses(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="beyond the base's 4 layers"):
         forecast_of(tiny, tmp_path, "margin", exit=5)
@@ -78,6 +93,11 @@ def test_what_a_run_would_refuse_a_dry_one_refuses(tiny: Tiny, tmp_path: Path) -
 
 def test_the_base_is_given_back_as_it_was(tiny: Tiny, tmp_path: Path) -> None:
     base = fresh_base(tiny)
-    before = {name for name, _ in base.model.named_parameters()}
+    before, attention = {name for name, _ in base.model.named_parameters()}, attention_of(base)
     forecast(base, write_sources(tmp_path), settings_of("divergence"), name="tiny", watch=WATCH)
     assert {name for name, _ in base.model.named_parameters()} == before
+    assert attention_of(base) == attention
+
+
+def attention_of(base: Base) -> str:
+    return str(base.model.config._attn_implementation)

@@ -11,7 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_base import Tiny
-from tiny_run import FORGET, RETAIN, run_training, settings_of, write_jsonl, write_questions, write_sources
+from tiny_run import (
+    FORGET,
+    RETAIN,
+    fresh_base,
+    run_training,
+    settings_of,
+    silent,
+    unheard,
+    write_jsonl,
+    write_questions,
+    write_sources,
+)
 
 from uld_serve.errors import DataError
 from uld_serve.training import answers, probing, run
@@ -135,11 +146,21 @@ def test_there_must_be_something_to_resume(tiny: Tiny, tmp_path: Path) -> None:
     assert not (tmp_path / ".out.training").exists()
 
 
-def test_a_loss_that_is_not_finite_leaves_no_profile(tiny: Tiny, tmp_path: Path) -> None:
-    wild = replace(QUICK, lr=1e38, warmup_steps=0)
+def test_a_loss_that_is_not_finite_leaves_no_profile_and_the_base_as_it_was(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    wild, base = replace(QUICK, lr=1e38, warmup_steps=0), fresh_base(tiny)
+    before = {name: one.clone() for name, one in base.model.state_dict().items()}
     with pytest.raises(DataError, match="the loss is"):
-        run_training(tiny, write_sources(tmp_path), wild, tmp_path / "out")
+        run.train(
+            base, write_sources(tmp_path), wild, name="out", out=tmp_path / "out", resume=False, readme=None,
+            watch=Watch(stage=silent, report=unheard),
+        )  # fmt: skip
     assert not (tmp_path / "out").exists()
+    after = base.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(module.training for module in base.model.modules())
 
 
 REFUSED: list[tuple[str, dict[str, object], str]] = [

@@ -384,13 +384,17 @@ def test_a_profile_that_forgets_little_is_called_so(
     assert ("forgets little" in " ".join(capsys.readouterr().err.split())) is warns
 
 
-def test_the_losses_are_drawn_where_asked_for(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_losses_of_every_lesson_are_told_and_drawn_where_asked_for(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(probing, "REPLAY_TOKENS", 2)
     picture = tmp_path / "loss.png"
-    given = [*arguments(tiny, tmp_path), "--plot", str(picture)]
+    given = [*arguments(tiny, tmp_path), "--plot", str(picture), "--steps", "3"]
     assert command.run(parse(*given, method="divergence", out=str(tmp_path / "pair"))) == 0
+    told = capsys.readouterr().err
+    for adapter in ("forget", "retain"):
+        assert f"training {adapter} (3)" in told
+    assert told.count("step 3 of 3: loss") == 2
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -73,6 +73,7 @@ class Classroom:
         self._rule, self._work, self._watch = rule, work, watch
         self._method = METHODS[settings.method]
         self._lessons = self._method.lessons(settings)
+        self._attention = base.model.config._attn_implementation
         self._carrier: PreTrainedModel | PeftModel = base.model
         self._assistants: dict[str, Assistant] = {}
 
@@ -129,6 +130,7 @@ class Classroom:
         if lesson.steps != 0:
             pools = self._observe_all(lesson)
             folder = self._work.lesson(lesson.adapter)
+            self._watch.stage(f"training {lesson.adapter}", settings.steps)
             log = fit(
                 assistant,
                 pools,
@@ -226,6 +228,7 @@ class Classroom:
         return {name: folder / name for name in served}
 
     def leave(self) -> None:
-        """Give the base back as it was."""
+        """Give the base back as it was, also where a lesson was broken off."""
         if isinstance(self._carrier, PeftModel):
-            self._carrier.unload()
+            self._carrier.unload().eval()
+        self._base.model.set_attn_implementation(self._attention)

@@ -17,10 +17,10 @@ from uld_serve.training.classroom import Classroom, Rehearsal, Watch
 from uld_serve.training.documents import Document
 from uld_serve.training.examples import Example, Kind
 from uld_serve.training.methods.catalog import METHODS
-from uld_serve.training.preparation import Material, gather, prepare
+from uld_serve.training.preparation import Material, Prepared, gather, nothing_of, prepare
 from uld_serve.training.run import plan
 from uld_serve.training.settings import Settings
-from uld_serve.training.sources import AnswerBook, Sources
+from uld_serve.training.sources import AnswerBook, Sources, Stage
 from uld_serve.training.work_folder import WorkFolder
 
 NUM_TRIED = 2
@@ -70,16 +70,9 @@ def forecast(base: Base, sources: Sources, settings: Settings, *, name: str, wat
     """Raises what the run itself would raise before it trains."""
     profile = plan(base, sources, settings, name=name)
     material = gather(sources)
-    sets = {name: material.documents[name] for name in ("forget", "retain")}
     with TemporaryDirectory() as folder:
-        prepared = prepare(
-            base,
-            Material(sets, {}).first(NUM_TRIED),
-            settings,
-            keywords=sources.keywords,
-            book=AnswerBook(Path(folder) / "answers.json"),
-            stage=watch.stage,
-        )
+        book = AnswerBook(Path(folder) / "answers.json")
+        prepared = _tried(base, material, settings, keywords=sources.keywords, book=book, stage=watch.stage)
         whole = _whole(material.documents, settings)
         settings = settings.for_data(num_forget=whole["forget"], num_detours=whole["detour"])
         work = WorkFolder(Path(folder))
@@ -103,6 +96,28 @@ def forecast(base: Base, sources: Sources, settings: Settings, *, name: str, wat
         seconds={name: round(value, 3) for name, value in seconds.items()},
         bytes=max(_bytes(one, sum(whole.values())) for one in rehearsals),
     )
+
+
+def _tried(
+    base: Base,
+    material: Material,
+    settings: Settings,
+    *,
+    keywords: tuple[str, ...],
+    book: AnswerBook,
+    stage: Stage,
+) -> Prepared:
+    """A few documents of each set, and more where those leave nothing to learn from. Raises DataError: all do."""
+    sets = Material({name: material.documents[name] for name in ("forget", "retain")}, {})
+    count, most = NUM_TRIED, max(len(group) for group in sets.documents.values())
+    while True:
+        prepared = prepare(base, sets.first(count), settings, keywords=keywords, book=book, stage=stage)
+        empty = [kind for kind in (Kind.FORGET, Kind.RETAIN) if not prepared.pools[kind]]
+        if not empty:
+            return prepared
+        if count >= most:
+            raise nothing_of(empty[0])
+        count *= 4
 
 
 def _answering(base: Base, documents: Mapping[str, Sequence[Document]], settings: Settings) -> float:

@@ -139,7 +139,7 @@ def _train(
     answers: Path | None = None,
 ) -> Outcome | None:
     settings = _settings(job, base, console)
-    with Display(console, steps=settings.steps) as display:
+    with Display(console) as display:
         watch = Watch(stage=display.stage, report=display.report, trackers=tuple(job.args.tracker))
         outcome = train(
             base,
@@ -166,7 +166,7 @@ def _settings(job: _Job, base: Base, console: Console) -> Settings:
 def _foretell(job: _Job, base: Base, console: Console) -> int:
     """What the run would do, for people and, with --json, for programs."""
     settings = _settings(job, base, console)
-    with Display(console, steps=settings.steps) as display:
+    with Display(console) as display:
         watch = Watch(stage=display.stage, report=display.report)
         found: Forecast = forecast(base, job.sources, settings, name=job.name, watch=watch)
     for line in found.lines():

@@ -112,6 +112,12 @@ def prepare(
     )
 
 
+def nothing_of(kind: Kind) -> DataError:
+    return DataError(
+        f"there is no usable {kind.name.lower()} example: its answers are empty or name a keyword; see what was read"
+    )
+
+
 def _read(sources: Sources) -> dict[str, Reading]:
     readings = {
         "forget": read_documents(sources.forget, kind="forget"),

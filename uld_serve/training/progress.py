@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 SHOWN = ("loss", "forget", "detour", "retain")
 LINE_EVERY = 20
@@ -15,14 +15,13 @@ LINE_EVERY = 20
 
 
 class Display:
-    """Use as a context; `stage` and `report` are what training.run asks for."""
+    """Use as a context; `stage` and `report` are what training.run asks for. Steps are of the last stage begun."""
 
-    def __init__(self, console: Console, *, steps: int) -> None:
-        self._console, self._steps = console, steps
+    def __init__(self, console: Console) -> None:
+        self._console = console
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._training = self._bars.add_task("training", total=steps, visible=False)
-        self._last_line = -LINE_EVERY
+        self._stage, self._what, self._steps, self._last_line = TaskID(0), "", 0, -LINE_EVERY
 
     def __enter__(self) -> Display:
         self._bars.start()
@@ -38,12 +37,13 @@ class Display:
         if not self._console.is_terminal:
             self._console.print(f"{what} ({total})", highlight=False)
         task = self._bars.add_task(what, total=total)
+        self._stage, self._what, self._steps, self._last_line = task, what, total, -LINE_EVERY
         return lambda count: self._bars.update(task, advance=count)
 
     def report(self, step: int, parts: Mapping[str, float]) -> None:
         """Show the loss and its parts after `step` steps."""
         shown = ", ".join(f"{name} {parts[name]:.3f}" for name in SHOWN if name in parts)
-        self._bars.update(self._training, description=f"training: {shown}", completed=step, visible=True)
+        self._bars.update(self._stage, description=f"{self._what}: {shown}", completed=step)
         is_due = step >= self._last_line + LINE_EVERY or step == self._steps
         if is_due and not self._console.is_terminal:
             self._last_line = step

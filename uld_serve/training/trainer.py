@@ -28,6 +28,7 @@ from transformers import (
 from uld_serve.errors import DataError
 from uld_serve.training.assistant import Assistant
 from uld_serve.training.examples import Kind
+from uld_serve.training.preparation import nothing_of
 from uld_serve.training.settings import Settings
 from uld_serve.training.states import Observed, collate
 
@@ -246,7 +247,7 @@ def fit(
     """
     for kind in assistant.lesson.kinds:
         if kind is not Kind.DETOUR and not pools.get(kind):
-            raise DataError(f"there is no usable {kind.name.lower()} example; see the reading report")
+            raise nothing_of(kind)
     needed = {kind: pool for kind, pool in pools.items() if kind in assistant.lesson.kinds}
     arguments = _arguments(settings, assistant, folder, trackers)
     lessons = Lessons(needed, settings, num_processes=arguments.world_size)
