@@ -355,6 +355,27 @@ def test_a_fault_in_the_sampler_ends_whom_it_ended_before(
     assert ended == ({"victim"} if how == "of one request" else set())
 
 
+def test_who_is_left_alone_is_not_blamed_for_one_who_has_ended(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step in flight goes wrong for a request that is aborted before anybody has looked."""
+
+    def is_faulty(in_flight: InFlight) -> bool:
+        return any(w.sequence.request_id == "leaves" and w.position >= 7 for w in in_flight.wants)
+
+    monkeypatch.setattr(Sampler, "collect", _faulty_collect(is_faulty))
+    found = []
+    for overlap in (False, True):
+        engine = make_engine(overlap=overlap)
+        asks = {
+            "stays": Ask(prompt(1, 6), FREE),
+            "leaves": Ask(prompt(2, 6), FREE, abort_after=1),
+        }
+        found.append(play(engine, asks, lambda name: name))
+    check_same(found[1], found[0])
+    assert found[1]["stays"].ends == [("length", None)]
+
+
 def test_by_default_steps_overlap_and_are_recorded_where_the_device_runs_beside_the_host() -> None:
     sizes = {"max_positions": 64, "bytes_per_token": 16}
     on_cpu, on_gpu = (EngineSettings().resolve(**sizes, free_device_bytes=free) for free in (None, 2**30))

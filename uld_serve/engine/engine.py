@@ -165,7 +165,7 @@ class Engine:
         if self.ahead is not None:
             self.scheduler.take_back(self.ahead.scheduled)
             self.ahead = None
-        return self._steps.again([item for item in step.scheduled if item.is_live], found)
+        return self._steps.rerun(step, found)
 
     def _take_in(self, step: Step, result: Result) -> list[Delta]:
         """The deltas of those who still wait for what the step gave."""

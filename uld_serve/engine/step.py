@@ -77,6 +77,12 @@ class Steps:
             logger.exception("a step of %d requests failed", len(step.scheduled))
             return error
 
+    def rerun(self, step: Step, error: Exception) -> Result:
+        """A step that ended in `error`, for those who still wait for it. Who is left alone is blamed only if nobody who
+        has ended meanwhile can have been the culprit."""
+        live = [item for item in step.scheduled if item.is_live]
+        return self.again(live, error) if len(live) == len(step.scheduled) else self._run(live)
+
     def again(self, scheduled: list[Scheduled], error: Exception) -> Result:
         """After `error`: halve the batch until the culprit is alone, so that only its request ends.
 
