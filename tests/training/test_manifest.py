@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import transformers.utils.logging as transformers_logging
 from tiny_base import Tiny
-from tiny_run import RETAIN, write_jsonl, write_questions
+from tiny_run import RETAIN, serve, write_jsonl, write_questions
 
 from uld_serve.engine.request import SamplingParams
 from uld_serve.errors import DataError
-from uld_serve.llm import LLM
 from uld_serve.profiles import command as profiles_command
 from uld_serve.profiles.store import read_profile
 from uld_serve.training import answers, command, jobs, probing
@@ -91,7 +90,7 @@ def test_every_request_becomes_a_profile_of_its_own(
     records = [json.loads((out / name / "training.json").read_text()) for name in ("ann", "bob")]
     assert [record["data"]["documents"]["forget"] for record in records] == [2, 4]
     assert sum(asked) == 2 + 4 + 4  # what stays is answered once for both
-    served = LLM(str(tiny.folder), profiles=out, dtype="float32", device="cpu")
+    served = serve(tiny, out)
     assert (
         served.generate(["who?"], SamplingParams(max_tokens=2), profile="bob")[0].receipt.profiles[0].name
         == "bob"

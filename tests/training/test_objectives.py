@@ -283,6 +283,22 @@ def test_the_retain_term_is_what_was_asked_for(method: str, term: str, expected:
     assert found["loss"] == pytest.approx(found["forget"] + found["retain"])
 
 
+@pytest.mark.parametrize("method", ["undial", "ga", "npo", "offset"])
+def test_wrong_answers_are_kept_as_they_are_and_never_learnt(method: str) -> None:
+    tokens = {
+        "target": [UNLIKE, UNLIKE],
+        "teacher": [UNLIKE, UNLIKE],
+        "labels": [2, 3],
+        "kinds": [RETAIN, DETOUR],
+    }
+    given = {"retain_weight": 1.0, "strength": 1.0, "retain_term": "nll", **tokens}
+    found, other = (parts_of(method, [ONE_TO_FOUR, wrong], **given) for wrong in (ONE_TO_FOUR, UNLIKE))  # type: ignore[arg-type]
+    assert found["retain"] == other["retain"] > 0
+    given["retain_term"] = "kl"
+    found, other = (parts_of(method, [ONE_TO_FOUR, wrong], **given) for wrong in (ONE_TO_FOUR, UNLIKE))  # type: ignore[arg-type]
+    assert found["retain"] > other["retain"]
+
+
 def test_gradient_ascent_goes_up_where_training_goes_down() -> None:
     found = parts_of("ga", [ONE_TO_FOUR, UNLIKE], labels=[2, 0], kinds=[FORGET, FORGET])
     assert found["forget"] == pytest.approx((math.log(0.3) + math.log(0.6)) / 2)

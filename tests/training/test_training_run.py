@@ -21,6 +21,7 @@ from tiny_run import (
     lesson_of,
     observed,
     run_training,
+    serve,
     settings_of,
     write_questions,
     write_sources,
@@ -72,15 +73,14 @@ class Run:
 @pytest.fixture(scope="module")
 def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """One run a method; loading them into an engine replays their probes."""
-    made = {}
+    made, folder = {}, tmp_path_factory.mktemp("runs")
+    sources, answers = write_sources(folder), folder / "answers.json"
     for method in METHODS:
-        folder = tmp_path_factory.mktemp(method)
-        path, settings = folder / f"tiny-{method}", settings_of(method, steps=40)
+        path, settings = folder / f"tiny-{method}", settings_of(method, steps=20)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(probing, "REPLAY_TOKENS", 12)
-            version = run_training(tiny, write_sources(folder), settings, path).version
-        llm = LLM(str(tiny.folder), profiles=path, dtype="float32", device="cpu")
-        made[method] = Run(settings, path, version, llm)
+            patch.setattr(probing, "REPLAY_TOKENS", 6)
+            version = run_training(tiny, sources, settings, path, answers=answers).version
+        made[method] = Run(settings, path, version, serve(tiny, path))
     return made
 
 
@@ -160,7 +160,7 @@ def test_margin_forgets_what_it_was_taught_and_keeps_the_rest(
     path = tmp_path / "forgetful"
     version = run_training(tiny, sources, settings, path).version
     assert version.probes.forget == version.probes.retain == ()
-    run = Run(settings, path, version, LLM(str(tiny.folder), profiles=path, dtype="float32", device="cpu"))
+    run = Run(settings, path, version, serve(tiny, path))
     rises, kept_words = {}, {}
     params = SamplingParams(max_tokens=settings.max_answer_tokens, temperature=0)
     for name, questions in (("forget", said), ("retain", kept)):

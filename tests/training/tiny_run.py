@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from tiny_base import EOS_ID, NUM_LAYERS, Tiny
 
+from uld_serve.config import EngineSettings
+from uld_serve.llm import LLM
 from uld_serve.model.loading import Base, load_base
 from uld_serve.training.assistant import Assistant
 from uld_serve.training.classroom import Watch
@@ -109,6 +111,12 @@ def unheard(_step: int, _parts: Mapping[str, float]) -> None:
     return None
 
 
+def serve(tiny: Tiny, path: Path) -> LLM:
+    """An engine with what was trained, which replays its probes. The default cache takes longer to fill than a run."""
+    settings = EngineSettings(kv_cache_bytes=2**24)
+    return LLM(str(tiny.folder), profiles=path, dtype="float32", device="cpu", settings=settings)
+
+
 def run_training(
     tiny: Tiny,
     sources: Sources,
@@ -118,6 +126,7 @@ def run_training(
     resume: bool = False,
     report: Report = unheard,
     name: str | None = None,
+    answers: Path | None = None,
 ) -> Outcome:
     outcome = train(
         fresh_base(tiny),
@@ -128,6 +137,7 @@ def run_training(
         resume=resume,
         readme=None,
         watch=Watch(stage=silent, report=report),
+        answers=answers,
     )
     assert outcome is not None  # this is the first process
     return outcome

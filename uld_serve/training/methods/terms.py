@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 
+from uld_serve.training.examples import Kind
 from uld_serve.training.methods.method import Tokens, mean_over
 from uld_serve.training.settings import RetainTerm
 
@@ -29,11 +30,12 @@ def by_example(values_N: torch.Tensor, tokens: Tokens) -> torch.Tensor:
 
 
 def retain(tokens: Tokens, logits_NV: torch.Tensor, kind: RetainTerm) -> torch.Tensor:
-    """What keeps the rest as it is: KL(target || logits), or the NLL of the answers, over tokens that are kept."""
+    """What keeps the rest as it is: KL(target || logits) over tokens that are kept, or the NLL of the answers. That of
+    other answers to forget prompts is left out: they are to stay possible, not to be learnt."""
     if kind == "none":
         return logits_NV.sum() * 0.0
     if kind == "nll":
-        return mean_over(nll(logits_NV, tokens.labels_N), tokens.is_kept_N)
+        return mean_over(nll(logits_NV, tokens.labels_N), tokens.of(Kind.RETAIN))
     return mean_over(divergence(tokens.target_NV, logits_NV), tokens.is_kept_N)
 
 
