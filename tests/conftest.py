@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,6 +20,15 @@ from uld_serve.model.loading import load_base
 def _one_thread() -> None:
     # Two threads collapse on a busy machine: steps of 20 ms then take seconds.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _libraries_out_of_the_collectors_way() -> Iterator[None]:
+    # The Trainer collects garbage twice a run, which takes longer than a tiny run if it looks at all libraries.
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
