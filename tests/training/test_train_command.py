@@ -196,6 +196,7 @@ def test_epochs_are_passes_over_the_forget_examples(tiny: Tiny) -> None:
     found = settings(tiny, "--epochs", "2.5", "--forget-batch", "8", "--grad-accum", "2")
     assert found.for_data(num_forget=100, num_detours=0).steps == 16  # 250 examples, 16 a step
     assert found.for_data(num_forget=1, num_detours=0).steps == 1
+    assert found.for_data(num_forget=100, num_detours=0, num_processes=2).steps == 8
 
 
 def test_margin_looks_for_other_answers_if_it_knows_the_keywords(tiny: Tiny) -> None:

@@ -107,6 +107,11 @@ def test_the_written_profile_says_how_it_was_made(runs: dict[str, Run], method: 
     assert record["settings"]["lr"] == settings.lr
     assert record["data"]["examples"]["forget"] == 10
     assert {"torch", "transformers", "peft", "uld-serve"} <= record["versions"].keys()
+    assert record["base"] == {"id": profile.base.id, "dtype": "float32", "device": "cpu"}
+    told = record["sources"]
+    assert [one["name"] for one in told["files"]] == ["forget.jsonl", "retain.jsonl"]
+    assert len({one["sha256"] for one in told["files"]}) == 2
+    assert (told["keywords"], told["uses_columns"], told["split"]) == (list(KEYWORDS), True, True)
     taught = [lesson for lesson in METHODS[method].lessons(settings) if lesson.steps != 0]
     assert set(record["log"]) == {lesson.adapter for lesson in METHODS[method].lessons(settings)}
     for lesson in taught:

@@ -29,7 +29,7 @@ from uld_serve.training.methods.method import Lesson, Method
 from uld_serve.training.preparation import Prepared, gather, prepare
 from uld_serve.training.settings import Settings
 from uld_serve.training.sources import AnswerBook, Sources
-from uld_serve.training.work_folder import WorkFolder
+from uld_serve.training.work_folder import WorkFolder, content_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,9 @@ def train(
             stage=watch.stage,
         )
     settings = settings.for_data(
-        num_forget=len(prepared.pools[Kind.FORGET]), num_detours=len(prepared.pools[Kind.DETOUR])
+        num_forget=len(prepared.pools[Kind.FORGET]),
+        num_detours=len(prepared.pools[Kind.DETOUR]),
+        num_processes=processes.num_processes,
     )
     probes = probing.held_out(prepared, sources.keywords)  # now, not after training: they may be refused
     classroom = Classroom(base, settings, prepared, rule=profile.rule, work=work, watch=watch)
@@ -91,6 +93,12 @@ def train(
         replay = probing.replays(fusion, prepared, end_ids=base.eos_ids)
         advance(1)
         record = _record(settings, method, prepared, logs)
+        record["base"] = {
+            "id": base.id,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "device": base.device.type,
+        }
+        record["sources"] = _told(sources)
         record["measured"] = {name: found.rounded() for name, found in measured.items()}
         record["seconds"] = round(time.monotonic() - started, 1)
         with TemporaryDirectory() as folder:
@@ -173,6 +181,16 @@ def _rule(settings: Settings, method: Method) -> dict[str, object]:
         default = RuleSpec.model_validate(rule).filter.model_dump() if "mode" not in given else {}
         rule["filter"] = {**default, **given}
     return rule
+
+
+def _told(sources: Sources) -> dict[str, object]:
+    """What was read, without where it lay: a profile is given away."""
+    return {
+        "files": [{"name": path.name, "sha256": content_digest(path)} for path in sources.files],
+        "keywords": list(sources.keywords),
+        "uses_columns": sources.uses_columns,
+        "split": sources.split,
+    }
 
 
 def _record(

@@ -149,14 +149,15 @@ class Settings:
     def scale_alpha(self) -> int:
         return 2 * self.rank if self.alpha is None else self.alpha
 
-    def for_data(self, *, num_forget: int, num_detours: int) -> Settings:
+    def for_data(self, *, num_forget: int, num_detours: int, num_processes: int = 1) -> Settings:
         """With epochs turned into steps, and room in a batch for other answers if there are any."""
         detour_batch = self.detour_batch
         if num_detours and not detour_batch:
             detour_batch = max(1, self.forget_batch // 2)
         steps = self.steps
         if self.epochs is not None:
-            steps = max(1, math.ceil(self.epochs * num_forget / (self.forget_batch * self.grad_accum)))
+            a_step = self.forget_batch * self.grad_accum * num_processes
+            steps = max(1, math.ceil(self.epochs * num_forget / a_step))
         return replace(self, steps=steps, epochs=None, detour_batch=detour_batch)
 
 
