@@ -181,9 +181,9 @@ def combine(row, b, ids, live, num_terms):
             penalty = strength * (x_1 - tl.load(normalizers + term * 2))
         else:
             penalty = strength * tl.maximum(x_1 - b, 0.0)
-        # A maximum drops NaN, and with it the term: a normaliser is NaN where its stream is spoiled anywhere.
-        is_bad |= live & (penalty != penalty)
-        total = tl.where(is_sum, total + penalty, tl.maximum(total, penalty))
+        # A normaliser is NaN where its stream is spoiled anywhere; a maximum that drops NaN would drop the term.
+        larger = tl.maximum(total, penalty, propagate_nan=tl.PropagateNan.ALL)
+        total = tl.where(is_sum, total + penalty, larger)
     s = b - total
     s = tl.where((s < float("inf")) & (is_bad == 0), s, float("nan"))
     return tl.where(live, s, float("-inf"))
