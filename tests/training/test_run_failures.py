@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from tiny_base import Tiny
 from tiny_run import (
@@ -27,6 +28,7 @@ from tiny_run import (
 from uld_serve.errors import DataError
 from uld_serve.training import answers, probing, run
 from uld_serve.training.classroom import Watch
+from uld_serve.training.preparation import Prepared
 from uld_serve.training.sources import Sources
 from uld_serve.training.work_folder import content_digest
 
@@ -138,6 +140,27 @@ def test_resuming_on_another_base_is_refused(
             readme=None,
             watch=Watch(stage=refuse_work, report=pull_at(0)),
         )
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_the_first_process_refuses_all_refuse(monkeypatch: pytest.MonkeyPatch, is_first: bool) -> None:
+    """Else the others would wait for it at the next step: a manifest goes on after a request that failed."""
+    sent: list[list[str]] = []
+
+    def broadcast(reason: list[str]) -> list[str]:
+        sent.append(reason)
+        return ["both sets"]
+
+    def read() -> Prepared:
+        assert is_first, "the others need not read what is refused"
+        raise DataError("both sets")
+
+    monkeypatch.setattr(run, "broadcast_object_list", broadcast)
+    processes = PartialState()
+    monkeypatch.setattr(PartialState, "is_main_process", is_first)
+    with pytest.raises(DataError, match="both sets"):
+        run._first_before_others(processes, read)
+    assert sent == [["both sets"] if is_first else [""]]
 
 
 def test_there_must_be_something_to_resume(tiny: Tiny, tmp_path: Path) -> None:

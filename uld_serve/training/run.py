@@ -7,13 +7,14 @@ Several processes (`accelerate launch`) run this side by side; the first one alo
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from pydantic import ValidationError
 
 from uld_serve import __version__
@@ -65,17 +66,16 @@ def train(
     method = METHODS[settings.method]
     profile = plan(base, sources, settings, name=name)
     processes, work = PartialState(), WorkFolder.beside(out)
-    with processes.main_process_first():
+
+    def read() -> Prepared:
         if processes.is_main_process:
             work.open(base, settings, sources, resume=resume)
-        prepared = prepare(
-            base,
-            gather(sources),
-            settings,
-            keywords=sources.keywords,
-            book=AnswerBook(answers or work.answers),
-            stage=watch.stage,
+        book = AnswerBook(answers or work.answers)
+        return prepare(
+            base, gather(sources), settings, keywords=sources.keywords, book=book, stage=watch.stage
         )
+
+    prepared = _first_before_others(processes, read)
     settings = settings.for_data(
         num_forget=len(prepared.pools[Kind.FORGET]),
         num_detours=len(prepared.pools[Kind.DETOUR]),
@@ -114,6 +114,20 @@ def train(
         classroom.leave()
     work.remove()
     return Outcome(written, record, measured["forget"].rise if "forget" in measured else None, logs)
+
+
+def _first_before_others(processes: PartialState, read: Callable[[], Prepared]) -> Prepared:
+    """What the first process refuses all refuse: one that went on alone would wait for the others for ever."""
+    found, refusal = None, [""]
+    if processes.is_main_process:
+        try:
+            found = read()
+        except DataError as error:
+            refusal = [str(error)]
+    [reason] = broadcast_object_list(refusal)
+    if reason:
+        raise DataError(reason)
+    return read() if found is None else found
 
 
 def refuse_existing(out: Path) -> None:
