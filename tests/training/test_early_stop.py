@@ -11,11 +11,12 @@ from tiny_base import Tiny
 from tiny_run import example, fresh_assistant, observed, run_training, settings_of, unheard, write_sources
 
 from uld_serve.errors import DataError
-from uld_serve.training.assistant import Assistant
+from uld_serve.training.assistant import Assistant, adapter_state
+from uld_serve.training.early_stop import EarlyStop
 from uld_serve.training.examples import Kind
 from uld_serve.training.sources import Sources
 from uld_serve.training.states import Observed
-from uld_serve.training.trainer import EarlyStop, adapter_state, fit
+from uld_serve.training.trainer import fit
 
 SETTINGS = settings_of("rkld", steps=30, save_steps=5, forget_batch=2, retain_batch=2, num_top=8)
 

@@ -13,12 +13,13 @@ from tiny_base import Tiny
 from tiny_run import example, fresh_assistant, observed, settings_of, unheard
 
 from uld_serve.errors import DataError
-from uld_serve.training.assistant import Assistant
+from uld_serve.training.assistant import Assistant, adapter_state, load_adapter
 from uld_serve.training.examples import Kind
+from uld_serve.training.lessons import Lessons
 from uld_serve.training.methods.method import Parts, Tokens
 from uld_serve.training.settings import Settings
 from uld_serve.training.states import Observed
-from uld_serve.training.trainer import Lessons, adapter_state, fit, load_adapter
+from uld_serve.training.trainer import fit
 
 QUICK = settings_of(
     "margin", steps=24, save_steps=6, forget_batch=2, retain_batch=2, detours=0, detour_batch=0, num_top=8

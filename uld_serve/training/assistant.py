@@ -11,7 +11,7 @@ padding, D hidden width, V vocabulary. Legend of Batch in states.py.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from uld_serve.errors import DataError
 from uld_serve.model.borrowed import (
     assistant_pass,
     causal_mask,
@@ -130,6 +131,20 @@ class Assistant(nn.Module):
         """(N, V) in fp32, over real tokens only."""
         head = decoder_parts(self.model).head
         return cast(torch.Tensor, head(hidden_ND))[:, : self.vocab_size].float()
+
+
+def adapter_state(assistant: Assistant) -> dict[str, torch.Tensor]:
+    return {name: one.detach().clone().contiguous() for name, one in assistant.trained().items()}
+
+
+def load_adapter(assistant: Assistant, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises DataError if the state is of another adapter."""
+    trained = assistant.trained()
+    if set(trained) != set(state) or any(state[name].shape != one.shape for name, one in trained.items()):
+        raise DataError("the checkpoint is of another run: rank, fork or exit differ; start without --resume")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state[name])
 
 
 def _lora(place: Place, settings: Settings) -> LoraConfig:

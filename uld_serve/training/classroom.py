@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from uld_serve.model.loading import Base
 from uld_serve.profiles.profile import RuleSpec
 from uld_serve.training.assistant import Assistant
+from uld_serve.training.early_stop import EarlyStop
 from uld_serve.training.examples import Example, Kind
+from uld_serve.training.lessons import Lessons
 from uld_serve.training.measure import Fusion, Likelihood, likelihood, protected_ids
 from uld_serve.training.methods.catalog import METHODS
 from uld_serve.training.methods.method import Lesson
@@ -25,7 +27,7 @@ from uld_serve.training.preparation import Prepared
 from uld_serve.training.settings import Settings
 from uld_serve.training.sources import Stage
 from uld_serve.training.states import Observed, collate, observe
-from uld_serve.training.trainer import EarlyStop, Lessons, Report, fit
+from uld_serve.training.trainer import Report, fit
 from uld_serve.training.work_folder import WorkFolder
 
 # What one nat of retention weighs against one of forgetting when checkpoints are compared.

@@ -4,16 +4,12 @@ library's. Called by run. Knows no files but its checkpoint folder.
 
 from __future__ import annotations
 
-import json
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
@@ -26,8 +22,10 @@ from transformers import (
 )
 
 from uld_serve.errors import DataError
-from uld_serve.training.assistant import Assistant
+from uld_serve.training.assistant import Assistant, adapter_state, load_adapter
+from uld_serve.training.early_stop import EarlyStop, OnCheckpoint
 from uld_serve.training.examples import Kind
+from uld_serve.training.lessons import Lessons
 from uld_serve.training.preparation import nothing_of
 from uld_serve.training.settings import Settings
 from uld_serve.training.states import Observed, collate
@@ -36,51 +34,8 @@ WEIGHTS = "assistant.safetensors"
 STATE = "trainer_state.json"
 """What the Trainer writes last of a checkpoint."""
 
-BEST = "best.safetensors"
-
 Report = Callable[[int, Mapping[str, float]], None]
 """Called with the number of finished steps and the mean of the loss's parts since the last call."""
-
-
-class Lessons(Dataset[Observed]):
-    """The whole run's examples in order: every step has its share of each kind, shuffled anew each time that a
-    kind has been used up. Item i depends on the seed and i alone, so a resumed run meets the same examples."""
-
-    def __init__(
-        self, pools: Mapping[Kind, Sequence[Observed]], settings: Settings, *, num_processes: int = 1
-    ) -> None:
-        """`num_processes` take turns at the batches; a step is as many more of them."""
-        shares = {
-            Kind.FORGET: settings.forget_batch,
-            Kind.DETOUR: settings.detour_batch,
-            Kind.RETAIN: settings.retain_batch,
-        }
-        shares = {kind: share for kind, share in shares.items() if pools.get(kind)}
-        self._slots = [(kind, rank) for kind, share in shares.items() for rank in range(share)]
-        self._shares, self._pools, self._seed = shares, pools, settings.seed
-        self._num_batches = settings.steps * settings.grad_accum * num_processes
-        self._orders: dict[tuple[Kind, int], list[int]] = {}
-
-    @property
-    def batch_size(self) -> int:
-        return len(self._slots)
-
-    def __len__(self) -> int:
-        return self._num_batches * self.batch_size
-
-    def __getitem__(self, index: int) -> Observed:
-        batch, slot = divmod(index, self.batch_size)
-        kind, rank = self._slots[slot]
-        pool = self._pools[kind]
-        epoch, place = divmod(batch * self._shares[kind] + rank, len(pool))
-        return pool[self._order(kind, epoch)[place]]
-
-    def _order(self, kind: Kind, epoch: int) -> list[int]:
-        if (kind, epoch) not in self._orders:
-            order = list(range(len(self._pools[kind])))
-            random.Random(f"{self._seed}:{kind}:{epoch}").shuffle(order)
-            self._orders[kind, epoch] = order
-        return self._orders[kind, epoch]
 
 
 class AssistantTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
@@ -149,61 +104,6 @@ class OnStep(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
             self._report(state.global_step, {name: float(value) for name, value in logs.items()})
 
 
-@dataclass(slots=True)
-class EarlyStop:
-    """Ends a run when the held-out score has not risen for `patience` checkpoints, and puts the best adapter back.
-
-    `score` says how good the adapter is now. What is best is kept in the run's folder, so that a resumed run knows it.
-    Of several processes all come to the same score; the first alone writes, and it alone needs the best one back.
-    """
-
-    score: Callable[[], float]
-    patience: int
-    folder: Path
-    best: float = -math.inf
-    num_worse: int = 0
-    step: int = 0
-    """The last that was looked at."""
-
-    def __post_init__(self) -> None:
-        if self._note.is_file():
-            noted = json.loads(self._note.read_text())
-            self.best, self.num_worse, self.step = noted["best"], noted["num_worse"], noted["step"]
-
-    @property
-    def _note(self) -> Path:
-        return self.folder / "best.json"
-
-    def look(self, assistant: Assistant, step: int) -> bool:
-        """Whether to stop after this step. A step that was looked at before the run was interrupted gives the same."""
-        if step <= self.step:
-            return self.num_worse >= self.patience
-        assistant.eval()
-        now = self.score()
-        assistant.train()
-        self.num_worse = 0 if now > self.best else self.num_worse + 1
-        is_better, self.step = now > self.best, step
-        self.best = now if is_better else self.best
-        if PartialState().is_main_process:
-            self._keep(assistant if is_better else None)
-        return self.num_worse >= self.patience
-
-    def _keep(self, better: Assistant | None) -> None:
-        if better is not None:
-            save_file(adapter_state(better), self.folder / BEST)
-        partial = self._note.with_suffix(".partial")
-        partial.write_text(json.dumps({"best": self.best, "num_worse": self.num_worse, "step": self.step}))
-        partial.replace(self._note)
-
-    def is_over(self, step: int) -> bool:
-        """Whether a run that was interrupted after `step` had ended before."""
-        return self.num_worse >= self.patience and self.step <= step
-
-    def restore(self, assistant: Assistant) -> None:
-        if PartialState().is_main_process and (self.folder / BEST).is_file():
-            load_adapter(assistant, load_file(self.folder / BEST))
-
-
 class OnProgress(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
     """Tells the assistant how much of its run is over, for what changes meanwhile."""
 
@@ -214,20 +114,6 @@ class OnProgress(TrainerCallback):  # type: ignore[misc]  # transformers ships n
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_unused: object
     ) -> None:
         self._assistant.progress = state.global_step / state.max_steps
-
-
-class OnCheckpoint(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
-    """Lets `early_stop` look before every checkpoint: what it noted is then never behind one."""
-
-    def __init__(self, early_stop: EarlyStop, assistant: Assistant) -> None:
-        self._early_stop, self._assistant = early_stop, assistant
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_unused: object
-    ) -> TrainerControl:
-        if state.global_step % args.save_steps == 0:
-            control.should_training_stop |= self._early_stop.look(self._assistant, state.global_step)
-        return control
 
 
 def fit(
@@ -322,17 +208,3 @@ def _arguments(
         dataloader_pin_memory=False,
         use_cpu=assistant.model.device.type == "cpu",
     )
-
-
-def adapter_state(assistant: Assistant) -> dict[str, torch.Tensor]:
-    return {name: one.detach().clone().contiguous() for name, one in assistant.trained().items()}
-
-
-def load_adapter(assistant: Assistant, state: Mapping[str, torch.Tensor]) -> None:
-    """Raises DataError if the state is of another adapter."""
-    trained = assistant.trained()
-    if set(trained) != set(state) or any(state[name].shape != one.shape for name, one in trained.items()):
-        raise DataError("the checkpoint is of another run: rank, fork or exit differ; start without --resume")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(state[name])
