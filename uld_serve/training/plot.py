@@ -36,7 +36,7 @@ def plot_losses(file: Path, logs: Mapping[str, Sequence[Mapping[str, float]]], *
             points = [(entry["step"], entry[name]) for entry in log if name in entry]
             if any(value for _, value in points):
                 axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=1.2)
-        axes.set(title=adapter, xlabel="step", ylabel="loss, weighted, mean since the last point")
+        axes.set(title=adapter, xlabel="step", ylabel="loss and its terms, mean since the last point")
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.legend()
