@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tiny_run import FORGET, RETAIN, fresh_base, settings_of, silent, unheard, w
 
 from uld_serve.errors import DataError
 from uld_serve.model.loading import Base
+from uld_serve.training import jobs
 from uld_serve.training.classroom import Watch
 from uld_serve.training.dry_run import Forecast, forecast
 from uld_serve.training.methods.catalog import METHODS
@@ -101,3 +103,15 @@ def test_the_base_is_given_back_as_it_was(tiny: Tiny, tmp_path: Path) -> None:
 
 def attention_of(base: Base) -> str:
     return str(base.model.config._attn_implementation)
+
+
+@pytest.mark.parametrize("option", [["--resume"], ["--plot", "loss.png"], ["--tracker", "tensorboard"]])
+def test_options_that_a_dry_run_would_ignore_are_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, option: list[str]
+) -> None:
+    monkeypatch.setattr(jobs, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    parser = argparse.ArgumentParser()
+    jobs.add_options(parser)
+    given = ["--method", "margin", "--preset", "demo", "--out", "nowhere", "--dry-run", *option]
+    with pytest.raises(DataError, match=f"--dry-run trains nothing; leave out {option[0]}"):
+        jobs.run(parser.parse_args(given))

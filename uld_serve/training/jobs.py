@@ -103,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
     """What `uld-serve train` was asked for; its exit status. Raises UldError."""
     if args.manifest is not None:
         return _run_manifest(args)
+    if args.dry_run:
+        _refuse_beside_dry_run(args)
     job = _Job.of(args)
     console = _console(args)
     refuse_existing(job.out)  # before minutes are spent on loading
@@ -111,6 +113,13 @@ def run(args: argparse.Namespace) -> int:
         return _foretell(job, base, console)
     outcome = _train(job, base, console, resume=lambda _: bool(args.resume))
     return 0 if outcome is None else _tell(outcome, job, console)
+
+
+def _refuse_beside_dry_run(args: argparse.Namespace) -> None:
+    """Options that a run which trains nothing would ignore."""
+    for name in ("resume", "plot", "tracker"):
+        if getattr(args, name):
+            raise DataError(f"--dry-run trains nothing; leave out --{name}")
 
 
 def merge(manifest: Path, names: Sequence[str], *, name: str, out: Path, common: Sequence[str]) -> int:
