@@ -13,17 +13,10 @@ from math import inf
 import torch
 
 from uld_kernels import rules
+from uld_kernels.listed_products import listed_products
 
 SMALLEST_TEMPERATURE = 1e-5
 """Below it scores / temperature leave fp32's range, and every gap that fp32 can tell is a certainty anyway."""
-
-
-# Of the head, LateRows copies so many values at once. Measured at 1,500 rows of 576: 0.5 ms, and 4 ms at four times as
-# many, when each copy is memory that the kernel has to hand out anew.
-_VALUES_AT_ONCE = 1 << 16
-# The same where one row asks for many tokens: measured at 32 rows of 320 tokens of 576 in bf16.
-_VALUES_OF_A_RUN = 3 << 16
-_SHORTEST_RUN = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,38 +165,9 @@ class LateRows:
         return self.scores_each(torch.full_like(ids_K, index), ids_K)
 
     def scores_each(self, index_C: torch.Tensor, ids_C: torch.Tensor) -> torch.Tensor:
-        """fp32 logits of row index_C[i] on token ids_C[i]: the same products as the whole head's, summed in fp32.
-
-        Every sum is taken by itself, not by a matrix product: those sum in an order that hangs on what else is asked
-        for, so that a request would not get the same bits beside others.
-        """
-        hidden_AD, count = self.hidden_AD.float(), ids_C.shape[0]
-        index, run_lengths = torch.unique_consecutive(index_C, return_counts=True)
-        if count < _SHORTEST_RUN * index.shape[0]:
-            return self._finish(self._products(hidden_AD, index_C, ids_C), ids_C)
-        scores_C = hidden_AD.new_empty(count)
-        start = 0
-        for number, length in zip(index.tolist(), run_lengths.tolist(), strict=True):
-            self._run(hidden_AD[number], ids_C[start : start + length], scores_C[start : start + length])
-            start += length
-        return self._finish(scores_C, ids_C)
-
-    def _run(self, hidden_D: torch.Tensor, ids_K: torch.Tensor, scores_K: torch.Tensor) -> None:
-        """Many tokens of one row: its hidden vector is not copied for each."""
-        at_once = max(1, _VALUES_OF_A_RUN // hidden_D.shape[0])
-        for start in range(0, ids_K.shape[0], at_once):
-            piece = slice(start, start + at_once)
-            weight_PD = self.weight_WD.index_select(0, ids_K[piece])
-            scores_K[piece] = (weight_PD * hidden_D).sum(-1)
-
-    def _products(self, hidden_AD: torch.Tensor, index_C: torch.Tensor, ids_C: torch.Tensor) -> torch.Tensor:
-        at_once = max(1, _VALUES_AT_ONCE // hidden_AD.shape[1])
-        sums = []
-        for start in range(0, max(ids_C.shape[0], 1), at_once):
-            piece = slice(start, start + at_once)
-            weight_PD = self.weight_WD.index_select(0, ids_C[piece]).float()
-            sums.append(weight_PD.mul_(hidden_AD.index_select(0, index_C[piece])).sum(-1))
-        return torch.cat(sums)
+        """fp32 logits of row index_C[i] on token ids_C[i]: the same products as the whole head's, each summed by itself
+        (listed_products)."""
+        return self._finish(listed_products(self.hidden_AD, index_C, self.weight_WD, ids_C), ids_C)
 
     def all_scores(self) -> torch.Tensor:
         """(A, W) fp32."""
