@@ -1,0 +1,37 @@
+"""ROUGE-L between answers, by the package rouge-score, which the published evaluations use. Called by the evaluations.
+The extra `evaluation` brings it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+from rouge_score.rouge_scorer import RougeScorer
+
+
+class _Score(Protocol):
+    precision: float
+    recall: float
+    fmeasure: float
+
+
+@dataclass(frozen=True, slots=True)
+class RougeL:
+    """By the longest common subsequence of words, Porter-stemmed, in lower case."""
+
+    recall: float
+    """Over the truth's words: TOFU's choice."""
+    f1: float
+    """MUSE's choice, for VerbMem (a continuation against the text) and KnowMem (an answer against the right one)."""
+
+
+def rouge_l(answer: str, truth: str) -> RougeL:
+    """Zeros where either has no word."""
+    score: _Score = _scorer().score(truth, answer)["rougeL"]
+    return RougeL(recall=float(score.recall), f1=float(score.fmeasure))
+
+
+@cache
+def _scorer() -> RougeScorer:
+    return RougeScorer(["rougeL"], use_stemmer=True)
