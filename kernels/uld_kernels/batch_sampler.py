@@ -15,7 +15,12 @@ import torch
 
 from uld_kernels import rules
 from uld_kernels.assistants import Assistants
-from uld_kernels.candidates import kept_by_fused_filter, kept_by_target_filter, listed
+from uld_kernels.candidates import (
+    best_by_fused_filter,
+    kept_by_fused_filter,
+    kept_by_target_filter,
+    listed,
+)
 from uld_kernels.columns import Columns
 from uld_kernels.draws import token_of_lists, token_of_rows
 from uld_kernels.fusion import combine_whole, whole_rows
@@ -144,6 +149,10 @@ def _penalized_rows(lane: Lane) -> Lane:
 
 
 def _draw_fused(lane: Lane, way: Way, batch: Batch, columns: Columns) -> None:
+    if _asks_for_best(lane, way):
+        fuse = Assistants(lane, batch.logits_RW, batch.late).fused
+        columns.draw(lane.numbers, best_by_fused_filter(lane, fuse))
+        return
     kept, target_lse_N = _kept(lane, way, batch)
     measures, anchor_N = _measured(lane, kept, target_lse_N) if way.is_measured else (None, None)
     weights = kept
@@ -156,6 +165,13 @@ def _draw_fused(lane: Lane, way: Way, batch: Batch, columns: Columns) -> None:
     if measures is not None:
         _measure_fused(lane, kept, measures, scores_of(kept, token_N), columns)
     columns.draw(lane.numbers, token_N)
+
+
+def _asks_for_best(lane: Lane, way: Way) -> bool:
+    """Whether the best fused score decides: it is never filtered, so that what else is kept need not be known."""
+    if way.kind != "fused_filter" or way.protects or way.is_measured:
+        return False
+    return not any(row.temperature > 0.0 or penalizes(row) for row in lane.rows)
 
 
 def _kept(lane: Lane, way: Way, batch: Batch) -> tuple[Found, torch.Tensor | None]:

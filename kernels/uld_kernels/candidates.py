@@ -30,9 +30,17 @@ def fused_tau(row: SampleRow) -> float:
 
 def kept_by_fused_filter(lane: Lane, fuse: Fuse) -> Found:
     """Of rules that raise no score. Raises RowsFailed."""
-    fused, best_N = _within_reach(lane, fuse)
+    log_tau_N = _log_taus(lane)
+    fused, best_N, _ = _within_reach(lane, fuse, log_tau_N)
     _check_best(lane, best_N)
-    return _near_best(lane, fused, best_N)
+    return _near_best(fused, best_N, log_tau_N)
+
+
+def best_by_fused_filter(lane: Lane, fuse: Fuse) -> torch.Tensor:
+    """(N,): the best token of each row's kept_by_fused_filter, ties by lowest id. Raises RowsFailed."""
+    fused, best_N, at_N = _within_reach(lane, fuse, _log_taus(lane))
+    _check_best(lane, best_N)
+    return fused.id_C.index_select(0, at_N)
 
 
 def kept_by_target_filter(lane: Lane, fuse: Fuse) -> Found:
@@ -45,7 +53,7 @@ def kept_of(lane: Lane, fused: Found) -> Found:
     RowsFailed."""
     best_N = fused.segments(len(lane.rows)).maxima(fused.value_C)
     _check_best(lane, best_N)
-    return _near_best(lane, fused, best_N)
+    return _near_best(fused, best_N, _log_taus(lane))
 
 
 def _check_best(lane: Lane, best_N: torch.Tensor) -> None:
@@ -58,8 +66,8 @@ def _check_best(lane: Lane, best_N: torch.Tensor) -> None:
     lane.fail_where(~best_N.isfinite(), rules.NUMERICAL)
 
 
-def _near_best(lane: Lane, fused: Found, best_N: torch.Tensor) -> Found:
-    threshold_N = reference.relative_threshold(best_N, _log_taus(lane)).clamp_min_(LOWEST)
+def _near_best(fused: Found, best_N: torch.Tensor, log_tau_N: torch.Tensor) -> Found:
+    threshold_N = reference.relative_threshold(best_N, log_tau_N).clamp_min_(LOWEST)
     return fused.where(fused.value_C >= threshold_N.index_select(0, fused.row_C))
 
 
@@ -114,23 +122,25 @@ def _kth_values(found: Found, k: int, *, num_rows: int) -> torch.Tensor:
     return kth_largest(padded_NK, k)
 
 
-def _within_reach(lane: Lane, fuse: Fuse) -> tuple[Found, torch.Tensor]:
-    """Fused scores of all tokens that the fused filter could leave, and the best of each row.
+def _within_reach(
+    lane: Lane, fuse: Fuse, log_tau_N: torch.Tensor
+) -> tuple[Found, torch.Tensor, torch.Tensor]:
+    """Fused scores of all tokens that the fused filter could leave, the best of each row, and where its first is.
 
     No score is raised, so that nothing further below the target's best token than the best fused score plus log tau
     can stay. That score is at least the best one of the tokens looked at so far: looks go down until they have
     reached what it rules out. NaN is the best of a row whose assistant is not finite.
     """
-    distance_N = _log_taus(lane) - _BOUND_SLACK
+    distance_N = log_tau_N - _BOUND_SLACK
     limit_N = lane.best_N + distance_N
     fused = fuse(lane.groups.at_least(limit_N[:, None]))
     step = _FIRST_STEP
     while True:
-        best_N, _ = fused.first_best(fused.value_C, num_rows=len(lane.rows))
+        best_N, at_N = fused.first_best(fused.value_C, num_rows=len(lane.rows))
         lowest_N = (best_N + distance_N).clamp_min(LOWEST)
         goes_on_N = lowest_N < limit_N
         if not goes_on_N.any():
-            return fused, best_N
+            return fused, best_N, at_N
         next_N = torch.where(goes_on_N, torch.maximum(lowest_N, limit_N - step), inf)
         further = lane.groups.at_least(next_N[:, None])
         further = further.where(further.value_C < limit_N.index_select(0, further.row_C))
