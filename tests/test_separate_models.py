@@ -16,8 +16,8 @@ from uld_serve.cli import main
 from uld_serve.config import EngineSettings
 from uld_serve.engine.request import SamplingParams
 from uld_serve.errors import ModelUnsupported, ProfileMismatch
+from uld_serve.evaluation.unfiltered import unfiltered_copy
 from uld_serve.llm import LLM
-from uld_serve.profiles.command import unfiltered_copy
 from uld_serve.profiles.store import read_profile
 
 SMALL = EngineSettings(kv_cache_bytes=2**22)

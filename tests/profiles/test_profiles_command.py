@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from uld_serve.cli import main
-from uld_serve.profiles.command import UNFILTERED, unfiltered_copy
+from uld_serve.evaluation.unfiltered import UNFILTERED, unfiltered_copy
 from uld_serve.profiles.profile import ProfileVersion
 from uld_serve.profiles.store import read_profile
 

@@ -61,6 +61,13 @@ class Tokenizer:
                 "the model's chat template refuses these messages", param="messages"
             ) from error
 
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of an assistant's turn: what follows encode_chat, with the token that ends it."""
+        with self._lock:
+            ids = list(self._tokenizer.encode(text, add_special_tokens=False))
+            end = self._tokenizer.eos_token_id
+        return ids if end is None else [*ids, int(end)]
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         with self._lock:
             return str(

@@ -41,18 +41,32 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "paper has it",
     )
     logs.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
+    if _missing() is None:
+        # What it imports comes with the extra.
+        importlib.import_module("uld_serve.evaluation.tofu_command").add_parser(benchmarks)
+    else:
+        benchmarks.add_parser("tofu", help="needs the extra evaluation")
 
 
 def run(args: argparse.Namespace) -> int:
     """Raises DataError: a log that cannot be read, a package that is missing."""
+    missing = _missing()
+    if missing is not None:
+        raise DataError(f"eval needs the package {missing}: pip install 'uld-serve[evaluation]'")
+    if args.benchmark == "tofu":
+        status: int = importlib.import_module("uld_serve.evaluation.tofu_command").run(args)
+        return status
+    return _tofu_logs(args)
+
+
+def _missing() -> str | None:
+    """A package of the extra that is not installed."""
     for module in NEEDED:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise DataError(
-                f"eval needs the package {module.split('.')[0].replace('_', '-')}: pip install 'uld-serve[evaluation]'"
-            ) from error
-    return _tofu_logs(args)
+        except ImportError:
+            return module.split(".")[0].replace("_", "-")
+    return None
 
 
 def _tofu_logs(args: argparse.Namespace) -> int:

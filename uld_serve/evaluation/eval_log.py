@@ -57,7 +57,7 @@ def read_log(path: Path) -> EvalLog:
         if section in SECTIONS:
             if section in found:
                 raise DataError(f"{path} has the section '{section}' twice")
-            found[section] = _samples(values, f"{path}: {key}")
+            found[section] = samples_of(values, f"{path}: {key}")
     if not found:
         raise DataError(
             f"{path} has none of the sections {', '.join(SECTIONS)}, nor of {', '.join(PUBLISHED)}"
@@ -67,16 +67,18 @@ def read_log(path: Path) -> EvalLog:
 
 def write_log(path: Path, sections: Mapping[str, Samples]) -> None:
     """In the first form."""
-    whole = {
-        name: {
-            LOSS: samples.loss_N.tolist(),
-            PARAPHRASED: samples.paraphrased_loss_N.tolist(),
-            PERTURBED: samples.perturbed_loss_NJ.tolist(),
-            ROUGE: samples.rougeL_recall_N.tolist(),
-        }
-        for name, samples in sections.items()
-    }
+    whole = {name: section_record(samples) for name, samples in sections.items()}
     path.write_text(json.dumps(whole) + "\n", encoding="utf-8")
+
+
+def section_record(samples: Samples) -> dict[str, object]:
+    """One section, for JSON."""
+    return {
+        LOSS: samples.loss_N.tolist(),
+        PARAPHRASED: samples.paraphrased_loss_N.tolist(),
+        PERTURBED: samples.perturbed_loss_NJ.tolist(),
+        ROUGE: samples.rougeL_recall_N.tolist(),
+    }
 
 
 def _folder(path: Path) -> dict[str, object]:
@@ -97,7 +99,8 @@ def _parsed(path: Path) -> dict[str, object]:
     return whole
 
 
-def _samples(values: object, where: str) -> Samples:
+def samples_of(values: object, where: str) -> Samples:
+    """One section from JSON; `where` is for messages. Raises DataError."""
     if not isinstance(values, dict):
         raise DataError(f"{where} must be an object of arrays")
     missing = [name for name in (LOSS, PARAPHRASED, PERTURBED, ROUGE) if name not in values]

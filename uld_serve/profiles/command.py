@@ -8,9 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -18,12 +15,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from uld_serve.errors import InvalidRequest, UnknownProfile
-from uld_serve.profiles.profile import FilterSpec, ProfileVersion, RuleSpec, StreamSpec
+from uld_serve.evaluation.unfiltered import UNFILTERED, unfiltered_copy
+from uld_serve.profiles.profile import ProfileVersion, StreamSpec
 from uld_serve.profiles.registry import BUILTIN, profile_directories
-from uld_serve.profiles.store import read_profile, read_training_record, write_profile
+from uld_serve.profiles.store import read_profile, read_training_record
 
 SUMMARY = "list, show, verify or merge profiles"
-UNFILTERED = "unfiltered"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -147,35 +144,6 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_without_nan(report), allow_nan=False))
     return 0 if report["ok"] else 1
-
-
-@contextmanager
-def unfiltered_copy(directory: Path, version: ProfileVersion) -> Iterator[Path | None]:
-    """The profile without its fused filter, as a profile of its own for the time of a verification; None if there
-    is no such filter. Its replay probes are dropped: they were measured with the filter."""
-    profile = version.profile
-    if profile.rule.filter.mode != "fused":
-        yield None
-        return
-    rule = RuleSpec.model_validate({**profile.rule.model_dump(), "filter": FilterSpec(mode="none")})
-    streams = tuple(_located(stream, version) for stream in profile.streams)
-    with tempfile.TemporaryDirectory() as scratch:
-        write_profile(
-            Path(scratch) / UNFILTERED,
-            profile.model_copy(update={"name": UNFILTERED, "rule": rule, "streams": streams}),
-            adapters={name: directory / name for name in profile.adapter_names},
-            probes=version.probes.model_copy(update={"replay": ()}),
-            training={"copy_of": version.ref},
-        )
-        yield Path(scratch) / UNFILTERED
-
-
-def _located(stream: StreamSpec, version: ProfileVersion) -> StreamSpec:
-    """With its model where it lies, for a copy that lies elsewhere."""
-    if stream.model is None:
-        return stream
-    model = stream.model.model_copy(update={"id": version.locate(stream.model)})
-    return stream.model_copy(update={"model": model})
 
 
 def _print_report(console: Console, report: dict[str, object]) -> None:
