@@ -32,7 +32,8 @@ class EngineSettings:
     head: HeadUse = "auto"
     """An assistant's logits: whole, in one product with the target's, or late, on the tokens that a filter leaves, if
     its rule asks for no others. auto is late on a CPU, where each row of the product costs (`uld-serve bench sampler
-    --head` measures both). On a GPU, where reading the head costs and is done anyway, it is whole, and late refused."""
+    --head` measures both). On a GPU, where reading the head costs and is done anyway, it is whole until a device has
+    shown from which batch on late is faster; and steps with late rows are not recorded as CUDA graphs."""
 
     def __post_init__(self) -> None:
         if self.head not in get_args(HeadUse):
@@ -64,10 +65,6 @@ class EngineSettings:
         on_cpu = free_device_bytes is None
         if self.cuda_graphs and on_cpu:
             raise InvalidRequest("cuda_graphs needs a CUDA device", param="cuda_graphs")
-        if self.head == "late" and not on_cpu:
-            raise InvalidRequest(
-                "head must be auto or whole on a GPU: its sampler reads whole logits", param="head"
-            )
         budget = self.kv_cache_bytes or (2**30 if on_cpu else (free_device_bytes or 0) * 8 // 10)
         num_blocks = budget // (bytes_per_token * self.block_size)
         if num_blocks < 1:
@@ -86,7 +83,7 @@ class EngineSettings:
             max_waiting=self.max_waiting,
             cuda_graphs=not on_cpu if self.cuda_graphs is None else self.cuda_graphs,
             overlap=not on_cpu if self.overlap is None else self.overlap,
-            late_head=on_cpu and self.head != "whole",
+            late_head=self.head == "late" or (self.head == "auto" and on_cpu),
         )
 
 

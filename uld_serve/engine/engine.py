@@ -75,7 +75,13 @@ class Engine:
             pools=pools,
             scheduler=Scheduler(config, pools),
             runner=runner,
-            sampler=Sampler(tokenizer, base.vocab_size, base.device, uld_serve.__version__),
+            sampler=Sampler(
+                tokenizer,
+                base.vocab_size,
+                base.device,
+                uld_serve.__version__,
+                late_head_dtype=decoder.head.weight_WD.dtype if config.late_head else None,
+            ),
         )
 
     def prepare(self, versions: Series[ProfileVersion], models: Mapping[str, Base] | None = None) -> None:

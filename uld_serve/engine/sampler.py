@@ -66,12 +66,16 @@ class Sampler:
     vocab_size: int
     device: torch.device
     engine_version: str
+    late_head_dtype: torch.dtype | None = None
+    """Of the head whose rows are scored late; None where all are scored whole."""
     protected_ids: torch.Tensor = field(init=False)
     _ids_device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
         """Tries the device's kernels, which takes seconds. They take a row's ids from the host, with all else of it."""
         is_proven = ops.prove(self.device, self.vocab_size)
+        if self.late_head_dtype is not None:
+            ops.prove(self.device, self.vocab_size, head_dtype=self.late_head_dtype)
         self._ids_device = torch.device("cpu") if is_proven else self.device
         control_ids = torch.tensor(list(self.tokenizer.control_ids), dtype=torch.long)
         self.protected_ids = to_device(control_ids, self.device)
