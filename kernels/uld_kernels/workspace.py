@@ -47,7 +47,13 @@ class Workspace:
     @classmethod
     def of(cls, shape: SampleShape, *, vocab_size: int, device: torch.device) -> Workspace:
         """Just large enough for one shape."""
-        return cls(num_bytes(shape, vocab_size), device)
+        return cls(cls.bytes_for(shape, vocab_size), device)
+
+    @staticmethod
+    def bytes_for(shape: SampleShape, vocab_size: int) -> int:
+        """What a sampler of this shape needs."""
+        buffers = _buffers(shape, vocab_size).values()
+        return sum(_aligned(prod(sizes) * dtype.itemsize) for dtype, sizes in buffers)
 
     @property
     def num_bytes(self) -> int:
@@ -55,7 +61,7 @@ class Workspace:
 
     def lend(self, shape: SampleShape, vocab_size: int) -> dict[str, torch.Tensor]:
         """The buffers of one shape, by name; they lie over those of every other. Raises WorkspaceTooSmall."""
-        needed = num_bytes(shape, vocab_size)
+        needed = self.bytes_for(shape, vocab_size)
         if needed > self.num_bytes:
             raise WorkspaceTooSmall(
                 f"a sampler of {shape} needs {needed} bytes of workspace, and {self.num_bytes} were set aside"
@@ -66,12 +72,6 @@ class Workspace:
             found[name] = self._bytes[start : start + size].view(dtype).view(sizes)
             start += _aligned(size)
         return found
-
-
-def num_bytes(shape: SampleShape, vocab_size: int) -> int:
-    """What a sampler of this shape needs."""
-    buffers = _buffers(shape, vocab_size).values()
-    return sum(_aligned(prod(sizes) * dtype.itemsize) for dtype, sizes in buffers)
 
 
 def num_tiles(vocab_size: int) -> int:
