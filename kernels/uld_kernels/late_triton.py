@@ -77,8 +77,8 @@ def score_listed(
     starts_B: torch.Tensor | None = None,
     first_late: int = 0,
 ) -> None:
-    """Writes the fp32 logit of late row index_BM[b, m] - first_late on token ids_BC[b, c] to out_BMC[b, m, c], for c
-    from starts_B[b] (or 0) on and below counts_B[b].
+    """Writes the fp32 logit of late row index_BM[b, m] - first_late on token ids_BC[b, c] to out_BMC[b, m, c], for
+    starts_B[b] (or 0) <= c < counts_B[b].
 
     ids and counts are int32 and stay on the device: nothing waits for them. An index below first_late is left alone,
     and so is what lies past a list. Raises ValueError for tensors that do not go together.
