@@ -125,10 +125,11 @@ def proof(device: torch.device, vocab: int) -> list[Check]:
     """On a GPU, whether its kernels have passed their trial; otherwise torch samples, and all else here is of torch."""
     if device.type != "cuda":
         return []
-    is_proven = ops.prove(device, vocab)
-    return [
-        Check("the Triton sampler has passed its trial on this device", 0.0 if is_proven else 1.0, is_proven)
-    ]
+    passed = {
+        "the Triton sampler has passed its trial on this device": ops.prove(device, vocab),
+        "and that of late rows": ops.prove(device, vocab, head_dtype=torch.bfloat16),
+    }
+    return [Check(what, 0.0 if is_proven else 1.0, is_proven) for what, is_proven in passed.items()]
 
 
 def token_checks(

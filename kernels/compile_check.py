@@ -25,16 +25,24 @@ from uld_kernels import (
     finish_triton,
     late_triton,
     layer_triton,
+    list_triton,
     lora_triton,
     prefill_triton,
     rank_triton,
     scan_triton,
 )
-from uld_kernels.sampler_triton import CHUNK, FINISH_WARPS, LIST_BLOCK, SCAN_BLOCK, SCAN_WARPS, SELECT_BLOCK
+from uld_kernels.sampler_triton import CHUNK, FINISH_WARPS, LIST_BLOCK, SCAN_WARPS, SELECT_BLOCK
+from uld_kernels.workspace import SCAN_BLOCK
 
 TARGETS = (80, 90)
 # Kernels of every step: what they spill goes through memory in the innermost loops.
-NEVER_SPILL = ("_scan_kernel", "_finish_kernel", "_rank_tile_kernel", "_normalizer_tile_kernel")
+NEVER_SPILL = (
+    "_scan_kernel",
+    "_finish_kernel",
+    "_list_kernel",
+    "_rank_tile_kernel",
+    "_normalizer_tile_kernel",
+)
 TYPES = ("fp32", "bf16", "fp16")
 # Pointers whose type is the base's; the other ones have one type each.
 TYPED_POINTERS = (
@@ -59,6 +67,7 @@ TYPED_POINTERS = (
 POINTER_TYPES = {
     "ids_ptr": "i32",
     "counts_ptr": "i32",
+    "starts_ptr": "i32",
     "index_ptr": "i32",
     "ints_ptr": "i32",
     "terms_ptr": "i32",
@@ -85,7 +94,13 @@ POINTER_TYPES = {
     "place_of_ptr": "i64",
     "positions_ptr": "i64",
 }
-SCALAR_TYPES = {"log_vocab_size": "fp32", "stride_row": "i64", "scale_log2": "fp32", "eps": "fp32"}
+SCALAR_TYPES = {
+    "step": "fp32",
+    "log_vocab_size": "fp32",
+    "stride_row": "i64",
+    "scale_log2": "fp32",
+    "eps": "fp32",
+}
 
 
 @dataclass(frozen=True)
@@ -261,16 +276,22 @@ def sampler_variants() -> Iterator[Variant]:
         yield Variant(scan_triton._normalizer_kernel, {"TILES": tiles}, num_warps=1)
         yield Variant(rank_triton._rank_kernel, lists, num_warps=FINISH_WARPS, types=types)
         shape = {**lists, "NOISE_GROUPS": groups // 16}
-        yield Variant(finish_triton._finish_kernel, shape, num_warps=FINISH_WARPS, types=types)
+        for is_listed in (0, 1):
+            constants = {**shape, "IS_LISTED": is_listed}
+            yield Variant(finish_triton._finish_kernel, constants, num_warps=FINISH_WARPS, types=types)
+        of_list = {name: value for name, value in shape.items() if name != "LIST"}
+        yield Variant(list_triton._list_kernel, of_list, num_warps=FINISH_WARPS, types=types)
+    further = {"BLOCK": SELECT_BLOCK, "CHUNK": CHUNK, "LIST": LIST_BLOCK}
+    yield Variant(list_triton._look_further_kernel, further, num_warps=FINISH_WARPS)
 
 
 def late_variants() -> Iterator[Variant]:
-    """One assistant a row without a bias, and two with."""
-    for num_roles, has_bias in ((1, 0), (2, 1)):
+    """Without a bias, and with one."""
+    for has_bias in (0, 1):
         yield Variant(
             late_triton._late_kernel,
             {
-                "NUM_ROLES": num_roles,
+                "HAS_STARTS": 1,
                 "HAS_BIAS": has_bias,
                 "BLOCK_C": late_triton.BLOCK_C,
                 "BLOCK_D": late_triton.BLOCK_D,

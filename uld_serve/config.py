@@ -18,6 +18,8 @@ class EngineSettings:
     kv_cache_bytes: int | None = None
     own_kv_bytes: int | None = None
     adapter_bytes: int | None = None
+    sampler_bytes: int | None = None
+    """Room that the samplers of recorded steps share. A step that needs more is not recorded, with a warning."""
     block_size: int = 16
     max_num_seqs: int = 64
     max_step_rows: int = 544
@@ -32,7 +34,8 @@ class EngineSettings:
     head: HeadUse = "auto"
     """An assistant's logits: whole, in one product with the target's, or late, on the tokens that a filter leaves, if
     its rule asks for no others. auto is late on a CPU, where each row of the product costs (`uld-serve bench sampler
-    --head` measures both). On a GPU, where reading the head costs and is done anyway, it is whole, and late refused."""
+    --head` measures both). On a GPU, where reading the head costs and is done anyway, it is whole until a device has
+    shown from which batch on late is faster; and steps with late rows are not recorded as CUDA graphs."""
 
     def __post_init__(self) -> None:
         if self.head not in get_args(HeadUse):
@@ -42,6 +45,7 @@ class EngineSettings:
             "kv_cache_bytes",
             "own_kv_bytes",
             "adapter_bytes",
+            "sampler_bytes",
             "block_size",
             "max_num_seqs",
             "max_step_rows",
@@ -52,23 +56,39 @@ class EngineSettings:
                 raise InvalidRequest(f"{name} must be at least 1, not {value}", param=name)
 
     def resolve(
-        self, *, max_positions: int, bytes_per_token: int, free_device_bytes: int | None
+        self,
+        *,
+        max_positions: int,
+        bytes_per_token: int,
+        free_device_bytes: int | None,
+        sampler_bytes: int = 0,
     ) -> EngineConfig:
         """Fix the context length and the number of cache blocks.
 
-        The cache gets `kv_cache_bytes`; else eight tenths of a GPU's free memory, or 1 GiB of main memory. The
-        adapters of all profiles get `adapter_bytes`; else one tenth, or 2 GiB. `own_kv_bytes` is for each cache that
-        some profile needs beside the target's, and resolved when the first such profile comes.
+        Where steps are recorded, their samplers get `sampler_bytes` of a GPU's free memory first; else what the
+        argument of that name says. Of what is left the cache gets `kv_cache_bytes`; else eight tenths, or 1 GiB of main
+        memory. The adapters of all profiles get `adapter_bytes`; else one tenth, or 2 GiB. `own_kv_bytes` is for each
+        cache that some profile needs beside the target's, and resolved when the first such profile comes.
         """
         max_model_len = min(self.max_model_len or max_positions, max_positions)
         on_cpu = free_device_bytes is None
         if self.cuda_graphs and on_cpu:
             raise InvalidRequest("cuda_graphs needs a CUDA device", param="cuda_graphs")
-        if self.head == "late" and not on_cpu:
+        cuda_graphs = not on_cpu if self.cuda_graphs is None else self.cuda_graphs
+        if self.sampler_bytes is not None and not cuda_graphs:
             raise InvalidRequest(
-                "head must be auto or whole on a GPU: its sampler reads whole logits", param="head"
+                "sampler_bytes is for recorded steps, and none are recorded here: leave it out",
+                param="sampler_bytes",
             )
-        budget = self.kv_cache_bytes or (2**30 if on_cpu else (free_device_bytes or 0) * 8 // 10)
+        sampler_bytes = (self.sampler_bytes or sampler_bytes) if cuda_graphs else 0
+        free = (free_device_bytes or 0) - sampler_bytes
+        if cuda_graphs and free <= 0:
+            raise InvalidRequest(
+                f"sampler_bytes {sampler_bytes} leaves nothing of {free_device_bytes} free bytes for keys and values; "
+                "lower it or max_num_seqs",
+                param="sampler_bytes",
+            )
+        budget = self.kv_cache_bytes or (2**30 if on_cpu else free * 8 // 10)
         num_blocks = budget // (bytes_per_token * self.block_size)
         if num_blocks < 1:
             raise InvalidRequest(
@@ -78,15 +98,17 @@ class EngineSettings:
         return EngineConfig(
             max_model_len=min(max_model_len, num_blocks * self.block_size),
             num_blocks=num_blocks,
-            adapter_bytes=self.adapter_bytes or (2**31 if on_cpu else (free_device_bytes or 0) // 10),
+            kv_cache_bytes=num_blocks * bytes_per_token * self.block_size,
+            adapter_bytes=self.adapter_bytes or (2**31 if on_cpu else free // 10),
+            sampler_bytes=sampler_bytes,
             own_kv_bytes=self.own_kv_bytes,
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
             max_step_rows=self.max_step_rows,
             max_waiting=self.max_waiting,
-            cuda_graphs=not on_cpu if self.cuda_graphs is None else self.cuda_graphs,
+            cuda_graphs=cuda_graphs,
             overlap=not on_cpu if self.overlap is None else self.overlap,
-            late_head=on_cpu and self.head != "whole",
+            late_head=self.head == "late" or (self.head == "auto" and on_cpu),
         )
 
 
@@ -97,7 +119,9 @@ class EngineConfig:
 
     max_model_len: int
     num_blocks: int
+    kv_cache_bytes: int
     adapter_bytes: int
+    sampler_bytes: int
     own_kv_bytes: int | None
     block_size: int
     max_num_seqs: int

@@ -7,6 +7,7 @@ from uld_kernels.ops import fused_sample, fused_score
 from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput, Term
 from uld_kernels.sample_shape import SampleShape
 from uld_kernels.static_sampler import StaticSampler
+from uld_kernels.workspace import Workspace, WorkspaceTooSmall
 
 __all__ = [
     "LateRows",
@@ -16,6 +17,8 @@ __all__ = [
     "ScoreOutput",
     "StaticSampler",
     "Term",
+    "Workspace",
+    "WorkspaceTooSmall",
     "fused_sample",
     "fused_score",
     "rules",

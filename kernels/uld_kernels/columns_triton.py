@@ -1,6 +1,6 @@
 """What all sampler kernels share: columns of the records, and device functions for one block of one row.
 
-Called by scan_triton, rank_triton, select_triton and finish_triton. Formulas are those of reference.py.
+Called by scan_triton, rank_triton, select_triton, list_triton and finish_triton. Formulas are those of reference.py.
 
 A row is handed on as one tuple, see `row_of`: all rules and parameters mix in one launch."""
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from uld_kernels import pack, rules
+from uld_kernels import late, pack, rules, workspace
 
 ROW_WORDS = tl.constexpr(pack.ROW_WORDS)
 TERM_WORDS = tl.constexpr(pack.TERM_WORDS)
@@ -51,6 +51,7 @@ POSITION = _int("position")
 LIST_MODE = _int("list_mode")
 LIST_BEST = _int("list_best")
 TARGET_ID = _int("target_id")
+LATE_LIST = _int("late_list")
 
 TEMPERATURE = _float("temperature")
 TOP_P = _float("top_p")
@@ -80,6 +81,8 @@ UNFILTERED = tl.constexpr(pack.UNFILTERED)
 LIST_ALL = tl.constexpr(pack.LIST_ALL)
 LIST_NUCLEUS = tl.constexpr(pack.LIST_NUCLEUS)
 LIST_LUCKY = tl.constexpr(pack.LIST_LUCKY)
+NOT_LATE = tl.constexpr(late.NOT_LATE)
+LATE_BY_SCORE = tl.constexpr(late.LATE_BY_SCORE)
 IN_PROMPT = tl.constexpr(pack.IN_PROMPT)
 PUT_OUT = tl.constexpr(pack.PUT_OUT)
 BANNED = tl.constexpr(pack.BANNED)
@@ -90,10 +93,10 @@ PROMPT_BIT = tl.constexpr(1)
 BAN_BIT = tl.constexpr(2)
 ONE_OUTPUT = tl.constexpr(4)
 
-GROUP = tl.constexpr(16)
+GROUP = tl.constexpr(workspace.GROUP_SIZE)
 """Tokens whose maximum stands for them when candidates are sought. Smaller groups list fewer tokens in vain; each
 costs 4 bytes: V / 4 bytes a row."""
-NOISE_GROUP = tl.constexpr(256)
+NOISE_GROUP = tl.constexpr(workspace.NOISE_GROUP_SIZE)
 """noise.GROUP_SIZE."""
 
 NO_ID = tl.constexpr(2**31 - 1)
@@ -153,9 +156,21 @@ def load_target(row, ids, in_range):
 
 @triton.jit
 def combine(row, b, ids, live, num_terms):
+    """combine_listed of a row none of whose streams is late."""
+    return combine_listed(row, row[0], 0, b, ids, ids, live, num_terms, False)
+
+
+@triton.jit
+def combine_listed(row, late_ptr, first_late, b, ids, places, live, num_terms, HAS_LATE: tl.constexpr):
     """Scores of a block after the rules and their composition: -inf where not live, NaN where a live one is not below
-    infinity or a stream is not finite."""
-    logits_ptr, stride_row, _, ints, _, _, _, _, term_ints, term_floats, normalizers, thresholds = row
+    infinity or a stream is not finite.
+
+    With HAS_LATE, term m's stream is read at late_ptr[m, places] (fp32, V apart) if its row is first_late or a later
+    one. No pair has a late stream.
+    """
+    logits_ptr, stride_row, vocab_size, ints, _, _, _, _, term_ints, term_floats, normalizers, thresholds = (
+        row
+    )
     total = tl.zeros_like(b)
     is_bad = live & (ids < 0)
     is_sum = tl.load(ints + ADD_PENALTIES) != 0
@@ -164,7 +179,13 @@ def combine(row, b, ids, live, num_terms):
         strength = tl.load(term_floats + term * TERM_WORDS + STRENGTH)
         row_1 = tl.load(term_ints + term * TERM_WORDS + ROW_1).to(tl.int64)
         row_2 = tl.load(term_ints + term * TERM_WORDS + ROW_2).to(tl.int64)
-        x_1 = tl.load(logits_ptr + row_1 * stride_row + ids, mask=live, other=0.0).to(tl.float32)
+        if HAS_LATE:
+            if row_1 >= first_late:
+                x_1 = tl.load(late_ptr + term * vocab_size + places, mask=live, other=0.0)
+            else:
+                x_1 = tl.load(logits_ptr + row_1 * stride_row + ids, mask=live, other=0.0).to(tl.float32)
+        else:
+            x_1 = tl.load(logits_ptr + row_1 * stride_row + ids, mask=live, other=0.0).to(tl.float32)
         # x - x is NaN for NaN and both infinities.
         is_bad |= (x_1 - x_1) != 0.0
         if row_2 >= 0:

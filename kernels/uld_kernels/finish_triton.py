@@ -15,9 +15,6 @@ from uld_kernels.columns_triton import (
     FILTER_KEEP,
     FILTERED_BY_TARGET,
     LEAST_KEY,
-    LIST_LUCKY,
-    LIST_MODE,
-    LIST_NUCLEUS,
     LOG_FILTER_TAU,
     LOG_FUSED_TAU,
     NUM_LOGPROBS,
@@ -28,11 +25,10 @@ from uld_kernels.columns_triton import (
     STATUS_NOTHING_KEPT,
     STATUS_NUMERICAL,
     TARGET_ID,
-    TEMPERATURE,
     TERM_WORDS,
     UNFILTERED,
     best_key,
-    combine,
+    combine_listed,
     id_of_best,
     kth_largest_listed,
     number_of_best,
@@ -40,77 +36,8 @@ from uld_kernels.columns_triton import (
     score_of_one,
 )
 from uld_kernels.draw_triton import draw, number_at, write_weights
-from uld_kernels.scan_triton import (
-    BEST_B,
-    BEST_S,
-    COUNT,
-    KL,
-    MAX_OTHERS,
-    MAX_VALUE,
-    NUM_BESTS,
-    NUM_HIGHER,
-    NUM_INT_PARTIALS,
-    NUM_PARTIALS,
-    SUM_B,
-    SUM_OTHERS,
-    SUM_S,
-    SUM_VALUE,
-)
-from uld_kernels.select_triton import list_candidates, lucky_thresholds, threshold_of
-
-
-@triton.jit
-def _merged(largest, sums):
-    """(maximum, LSE) of a row from the maxima and sums of its tiles, in their order."""
-    top = tl.max(largest)
-    total = tl.sum(tl.where(largest > float("-inf"), sums * tl.exp(largest - top), 0.0))
-    return top, tl.where(top > float("-inf"), top + tl.log(total), float("-inf"))
-
-
-@triton.jit
-def _merge(row, index, bests_ptr, partials_ptr, int_partials_ptr, num_tiles, TILES: tl.constexpr):
-    """What the tiles say of the row: (best key of b, LSE of b, LSE of b without protected tokens, best key of s, LSE
-    of s, KL, largest value, mass of the values, number kept, number higher than the target token, is bad)."""
-    _, _, _, ints, floats, _, _, _, _, _, _, _ = row
-    tile = tl.arange(0, TILES)
-    is_tile = tile < num_tiles
-    at = index.to(tl.int64) * num_tiles + tile
-    part, best = partials_ptr + at * NUM_PARTIALS, bests_ptr + at * NUM_BESTS
-    tile_best_b = tl.load(best + BEST_B, mask=is_tile, other=LEAST_KEY)
-    tile_max_b = tl.where(is_tile, number_of_best(tile_best_b), float("-inf"))
-    best_b = tl.max(tile_best_b)
-    max_b, lse_b = _merged(tile_max_b, tl.load(part + SUM_B, mask=is_tile, other=0.0))
-    lse_others = lse_b
-    if tl.load(ints + PROTECT) != 0:
-        max_others = tl.load(part + MAX_OTHERS, mask=is_tile, other=float("-inf"))
-        _top, lse_others = _merged(max_others, tl.load(part + SUM_OTHERS, mask=is_tile, other=0.0))
-    best_s, lse_s, max_s = best_b, lse_b, max_b
-    kl = tl.full((), 0.0, tl.float32)
-    if (tl.load(ints + ROW_CLASS) != FILTERED_BY_TARGET) & (tl.load(ints + NUM_TERMS) > 0):
-        tile_best_s = tl.load(best + BEST_S, mask=is_tile, other=LEAST_KEY)
-        tile_max_s = tl.where(is_tile, number_of_best(tile_best_s), float("-inf"))
-        best_s = tl.max(tile_best_s)
-        max_s, lse_s = _merged(tile_max_s, tl.load(part + SUM_S, mask=is_tile, other=0.0))
-        share = tl.where(tile_max_s > float("-inf"), tl.exp(tile_max_s - max_s), 0.0)
-        kl_sum = tl.sum(share * tl.load(part + KL, mask=is_tile, other=0.0))
-        kl = kl_sum / tl.exp(lse_s - max_s) - lse_s + lse_b
-    tile_value = tl.load(part + MAX_VALUE, mask=is_tile, other=float("-inf"))
-    max_value = tl.max(tile_value)
-    mass = tl.full((), 0.0, tl.float32)
-    if tl.load(ints + LIST_MODE) == LIST_NUCLEUS:
-        shifted = (tile_value - max_value) / tl.load(floats + TEMPERATURE)
-        share = tl.where(tile_value > float("-inf"), tl.exp(shifted), 0.0)
-        mass = tl.sum(share * tl.load(part + SUM_VALUE, mask=is_tile, other=0.0))
-    count = tl.sum(tl.load(int_partials_ptr + at * NUM_INT_PARTIALS + COUNT, mask=is_tile, other=0))
-    # NaN is the largest key of all.
-    is_bad = ((number_of_best(best_b) < float("inf")) & (number_of_best(best_s) < float("inf"))) == 0
-    is_bad |= max_value == float("inf")
-    num_higher = tl.full((), 0, tl.int32)
-    if tl.load(ints + TARGET_ID) >= 0:
-        num_higher = tl.sum(
-            tl.load(int_partials_ptr + at * NUM_INT_PARTIALS + NUM_HIGHER, mask=is_tile, other=0)
-        )
-    return best_b, lse_b, lse_others, best_s, lse_s, kl, max_value, mass, count, num_higher, is_bad
+from uld_kernels.merge_triton import merge
+from uld_kernels.select_triton import list_protected_below, list_row
 
 
 @triton.jit
@@ -128,7 +55,10 @@ def _target_threshold(row, b_ptr, num_listed, max_b, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _filter(row, protected_ptr, ids_ptr, s_ptr, b_ptr, num_listed, max_b, lse_others, BLOCK: tl.constexpr):
+def _filter(
+    row, late_ptr, first_late, limit, protected_ptr, ids_ptr, s_ptr, b_ptr, num_listed, max_b, lse_others,
+    BLOCK: tl.constexpr, HAS_LATE: tl.constexpr,
+):  # fmt: skip
     """Applies filters and protection exactly, in place: s becomes -inf where filtered. Returns (is bad, shift that
     keeps s in range of exp)."""
     ints, floats = row[3], row[4]
@@ -138,6 +68,8 @@ def _filter(row, protected_ptr, ids_ptr, s_ptr, b_ptr, num_listed, max_b, lse_ot
     threshold_b = tl.full((), float("-inf"), tl.float32)
     if by_target:
         threshold_b = _target_threshold(row, b_ptr, num_listed, max_b, BLOCK)
+        if HAS_LATE:
+            threshold_b = tl.maximum(threshold_b, limit)
     num_bad = tl.full((), 0, tl.int32)
     max_s = tl.full((), float("-inf"), tl.float32)
     max_others = tl.full((), float("-inf"), tl.float32)
@@ -149,7 +81,8 @@ def _filter(row, protected_ptr, ids_ptr, s_ptr, b_ptr, num_listed, max_b, lse_ot
         s = tl.load(s_ptr + start + lane, mask=inside, other=float("-inf"))
         kept = inside & (b >= threshold_b)
         if by_target:
-            s = combine(row, b, ids, kept, tl.load(ints + NUM_TERMS))
+            num_terms = tl.load(ints + NUM_TERMS)
+            s = combine_listed(row, late_ptr, first_late, b, ids, start + lane, kept, num_terms, HAS_LATE)
         num_bad += tl.sum((kept & (s != s)).to(tl.int32))
         s = tl.where(kept & (s == s), s, float("-inf"))
         max_s = tl.maximum(max_s, tl.max(s))
@@ -255,18 +188,18 @@ def _list_best(
 
 
 # What differs between shapes must not compile the kernel anew while somebody waits.
-@triton.jit(do_not_specialize=["terms_at", "max_terms", "num_protected", "top_width"])
+@triton.jit(do_not_specialize=["terms_at", "max_terms", "num_protected", "top_width", "first_late"])
 def _finish_kernel(
     logits_ptr, stride_row, vocab_size, ints_ptr, floats_ptr, masks_ptr, touched_ptr, biases_ptr,
     normalizers_ptr, thresholds_ptr, terms_at, max_terms, protected_ptr, protected_ids_ptr, num_protected,
     bests_ptr, partials_ptr, int_partials_ptr, num_tiles, group_max_ptr, group_list_ptr, num_groups, lucky_ptr,
-    num_lucky, listed_ids_ptr, listed_s_ptr, listed_b_ptr,
+    num_lucky, listed_ids_ptr, listed_s_ptr, listed_b_ptr, counts_ptr, limits_ptr, late_ptr, first_late,
     token_ids_ptr, logprob_ptr, rank_ptr, status_ptr, num_kept_ptr, kl_ptr, argmax_changed_ptr, top_ids_ptr,
     top_logprobs_ptr, top_width,
     TILES: tl.constexpr, GROUPS: tl.constexpr, NOISE_GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, LIST: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, LIST: tl.constexpr, IS_LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Program row: merge, list, filter, measure, draw, report."""
+    """Program row: merge, list (unless list_triton has), filter, measure, draw, report."""
     index = tl.program_id(0)
     row = row_of(
         index, logits_ptr, stride_row, vocab_size, ints_ptr, floats_ptr, masks_ptr, touched_ptr, biases_ptr,
@@ -275,25 +208,27 @@ def _finish_kernel(
     ints = row[3]
     if tl.load(ints + ROW_B) < 0:
         return
-    best_b, lse_b, lse_others, best_s, lse_s, kl, max_value, mass, count, num_higher, is_bad = _merge(
+    best_b, lse_b, lse_others, best_s, lse_s, kl, max_value, mass, count, num_higher, is_bad = merge(
         row, index, bests_ptr, partials_ptr, int_partials_ptr, num_tiles, TILES
     )
     max_b, max_s = number_of_best(best_b), number_of_best(best_s)
     index_64 = index.to(tl.int64)
-    group, lucky = tl.arange(0, GROUPS), lucky_ptr + index_64 * num_lucky
-    group_max_ptr += index_64 * num_groups
-    # A row that has failed lists nothing.
-    num_listed_groups = tl.where(is_bad, 0, num_groups)
-    group_max = tl.load(group_max_ptr + group, mask=group < num_listed_groups, other=float("-inf"))
-    threshold = threshold_of(row, group_max, max_b, max_s, max_value)
-    if tl.load(ints + LIST_MODE) == LIST_LUCKY:
-        lucky_thresholds(row, lucky, max_value, threshold, NOISE_GROUPS)
     ids_ptr, s_ptr = listed_ids_ptr + index_64 * vocab_size, listed_s_ptr + index_64 * vocab_size
-    b_ptr = listed_b_ptr + index_64 * vocab_size
-    num_listed = list_candidates(
-        row, group_max_ptr, num_listed_groups, threshold, max_value, mass, count, protected_ptr, protected_ids_ptr,
-        num_protected, group_list_ptr + index_64 * num_groups, lucky, ids_ptr, s_ptr, b_ptr, BLOCK, CHUNK,
-    )  # fmt: skip
+    b_ptr, late = listed_b_ptr + index_64 * vocab_size, late_ptr + index_64 * max_terms * vocab_size
+    limit = tl.full((), float("-inf"), tl.float32)
+    if IS_LISTED:
+        # Of a late row the list ends where its assistants were scored no further; others have no limit.
+        num_listed, limit = tl.load(counts_ptr + index), tl.load(limits_ptr + index)
+        num_below = tl.where((tl.load(ints + PROTECT) != 0) & (limit > float("-inf")), num_protected, 0)
+        num_listed = list_protected_below(
+            row, limit, protected_ids_ptr, num_below, ids_ptr, b_ptr, num_listed, LIST
+        )
+    else:
+        num_listed = list_row(
+            row, index, max_b, max_s, max_value, mass, count, is_bad, protected_ptr, protected_ids_ptr, num_protected,
+            group_max_ptr, group_list_ptr, num_groups, lucky_ptr, num_lucky, ids_ptr, s_ptr, b_ptr,
+            GROUPS, NOISE_GROUPS, BLOCK, CHUNK,
+        )  # fmt: skip
     num_bad = is_bad.to(tl.int32)
     num_terms, target_id = tl.load(ints + NUM_TERMS), tl.load(ints + TARGET_ID)
     argmax_s = id_of_best(best_s)
@@ -301,8 +236,9 @@ def _finish_kernel(
     is_measured = (tl.load(ints + ROW_CLASS) == UNFILTERED) & (tl.load(ints + PROTECT) == 0)
     if is_measured == 0:
         num_bad_kept, threshold_s, shift, max_s = _filter(
-            row, protected_ptr, ids_ptr, s_ptr, b_ptr, num_listed, max_b, lse_others, LIST
-        )
+            row, late, first_late, limit, protected_ptr, ids_ptr, s_ptr, b_ptr, num_listed, max_b, lse_others, LIST,
+            IS_LISTED,
+        )  # fmt: skip
         num_bad += num_bad_kept
         count, argmax_s, lse_s, kl = _statistics(
             row, protected_ptr, ids_ptr, s_ptr, b_ptr, num_listed, threshold_s, shift, max_s, lse_b, LIST

@@ -55,8 +55,10 @@ def fused_sample(
         # Imported where used: triton is not there on every machine that serves from the CPU.
         from uld_kernels import sampler_triton
 
-        whole = _with_late(logits_RV, late)
-        return sampler_triton.sample(whole, rows, vocab_size=vocab_size, protected_ids=protected_ids)
+        logits_RV, late = _with_late(logits_RV, late, vocab_size)
+        return sampler_triton.sample(
+            logits_RV, rows, vocab_size=vocab_size, protected_ids=protected_ids, late=late
+        )
     return sampler_reference.sample(
         logits_RV, rows, vocab_size=vocab_size, protected_ids=protected_ids, late=late
     )
@@ -84,29 +86,33 @@ def fused_score(
     if _runs_on_triton(logits_RV, vocab_size):
         from uld_kernels import sampler_triton
 
+        logits_RV, late = _with_late(logits_RV, late, vocab_size)
         return sampler_triton.score(
-            _with_late(logits_RV, late),
-            rows,
-            target_ids_B,
-            vocab_size=vocab_size,
-            protected_ids=protected_ids,
+            logits_RV, rows, target_ids_B, vocab_size=vocab_size, protected_ids=protected_ids, late=late
         )
     return sampler_reference.score(
         logits_RV, rows, target_ids_B, vocab_size=vocab_size, protected_ids=protected_ids, late=late
     )
 
 
-def prove(device: torch.device, vocab_size: int, *, dtype: torch.dtype = torch.float32) -> bool:
-    """Tries the Triton kernels on a device against the torch sampler; whether fused_sample will use them there.
+def prove(
+    device: torch.device,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    head_dtype: torch.dtype | None = None,
+) -> bool:
+    """Tries the Triton kernels on a device against the torch sampler; whether fused_sample will use them there. With
+    `head_dtype`, whether it will also score late rows of such a head on lists: if not, it computes them whole.
 
-    The first call for a device, vocabulary and type takes seconds, so an engine makes it before serving. Without it
+    The first call for a device, vocabulary and types takes seconds, so an engine makes it before serving. Without it
     the first fused_sample does. False on CPU, and where the kernels differ or do not run (logged as a warning).
     """
-    return (
-        device.type == "cuda"
-        and dtype != torch.float64
-        and trial.verdict(device, vocab_size, dtype).is_proven
-    )
+    if device.type != "cuda" or dtype == torch.float64:
+        return False
+    if not trial.verdict(device, vocab_size, dtype).is_proven:
+        return False
+    return head_dtype is None or trial.late_verdict(device, vocab_size, dtype, head_dtype).is_proven
 
 
 def _runs_on_triton(logits_RV: torch.Tensor, vocab_size: int) -> bool:
@@ -114,8 +120,16 @@ def _runs_on_triton(logits_RV: torch.Tensor, vocab_size: int) -> bool:
     return prove(logits_RV.device, vocab_size, dtype=logits_RV.dtype)
 
 
-def _with_late(logits_RV: torch.Tensor, late: LateRows | None) -> torch.Tensor:
-    return logits_RV if late is None else torch.cat([logits_RV.float(), late.all_scores()])
+def _with_late(
+    logits_RV: torch.Tensor, late: LateRows | None, vocab_size: int
+) -> tuple[torch.Tensor, LateRows | None]:
+    """Late rows computed whole where the kernels that score them on lists have not been proven."""
+    if late is None:
+        return logits_RV, None
+    head_dtype = late.weight_WD.dtype
+    if prove(logits_RV.device, vocab_size, dtype=logits_RV.dtype, head_dtype=head_dtype):
+        return logits_RV, late
+    return torch.cat([logits_RV.float(), late.all_scores()]), None
 
 
 def _check(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import floor, inf, log
+from math import inf, log
 from struct import Struct
 from typing import Final
 
 import torch
 
 from uld_kernels import rules
+from uld_kernels.late import NOT_LATE, filter_keep, last_stream, late_list_of
 from uld_kernels.rows import SampleRow, Term
 from uld_kernels.sample_shape import SampleShape, has_history, is_special, needs_normalizer
 
@@ -57,7 +58,7 @@ INT_COLUMNS: Final = (
     "list_mode",
     "list_best",
     "target_id",
-    "unused",
+    "late_list",
 )
 FLOAT_COLUMNS: Final = (
     "temperature",
@@ -93,10 +94,11 @@ class Layout:
     num_rows: int
     max_terms: int
     num_entries: int
+    first_late: int | None = None
 
     @classmethod
     def of(cls, shape: SampleShape) -> Layout:
-        return cls(shape.num_rows, max(1, shape.max_terms), shape.num_touched)
+        return cls(shape.num_rows, max(1, shape.max_terms), shape.num_touched, shape.first_late)
 
     @property
     def terms_at(self) -> int:
@@ -120,10 +122,25 @@ class Filled:
     """From the start of the block on."""
     num_logit_rows: int = 0
     """So many rows of logits are read."""
+    num_late_rows: int = 0
+    """And so many late ones."""
     late_entries: list[tuple[int, int, torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
     """(first entry, what it does, ids, biases) that lie on a device already."""
     masks: list[torch.Tensor] = field(default_factory=list)
     digests: list[tuple[int, ...]] = field(default_factory=list)
+
+    def count_streams(self, row_b: int, terms: tuple[Term, ...], *, first_late: int | None) -> None:
+        """Raises ValueError for a late target."""
+        last = max([row_b, *map(last_stream, terms)])
+        if first_late is None or last < first_late:
+            self.num_logit_rows = max(self.num_logit_rows, last + 1)
+            return
+        if row_b >= first_late:
+            raise ValueError(f"row {row_b} is late; a target needs all its logits")
+        self.num_late_rows = max(self.num_late_rows, last + 1 - first_late)
+        streams = (index for term in terms for index in (term.row_a, term.row_q, term.row_p))
+        whole = (index for index in streams if index < first_late)
+        self.num_logit_rows = max(self.num_logit_rows, row_b + 1, max(whole, default=-1) + 1)
 
 
 def pack(
@@ -147,16 +164,17 @@ def pack(
         target_id = -1 if target_ids is None else target_ids[index]
         touched = entries.add(row, is_drawn=target_id < 0)
         mask_row = _add_mask(filled, row)
-        columns = _row_columns(row, terms, touched, vocab_size=vocab_size, target_id=target_id)
+        late_list = late_list_of(terms, first_late=layout.first_late, vocab_size=vocab_size)
+        if late_list is None:
+            raise ValueError("this row wants a late stream on the whole vocabulary; give its logits")
+        columns = _row_columns(row, terms, touched, late_list, vocab_size=vocab_size, target_id=target_id)
         _ROW.pack_into(memory, 4 * ROW_WORDS * index, *columns)
         _INT.pack_into(memory, 4 * (ROW_WORDS * index + _MASK_ROW), mask_row)
         at = 4 * (layout.terms_at + index * layout.max_terms * TERM_WORDS)
-        last_row = row.row_b
         for term in terms:
             _TERM.pack_into(memory, at, *_term_columns(term, len(terms), vocab_size))
             at += 4 * TERM_WORDS
-            last_row = max(last_row, term.row_a, term.row_q, term.row_p)
-        filled.num_logit_rows = max(filled.num_logit_rows, last_row + 1)
+        filled.count_streams(row.row_b, terms, first_late=layout.first_late)
         end = 4 * (layout.terms_at + (index + 1) * layout.max_terms * TERM_WORDS)
         memory[at:end] = bytes(end - at)
     first_free = 4 * (layout.terms_at + len(rows) * layout.max_terms * TERM_WORDS)
@@ -171,13 +189,15 @@ def _row_columns(
     row: SampleRow,
     terms: tuple[Term, ...],
     touched: tuple[int, int, int],
+    late_list: int,
     *,
     vocab_size: int,
     target_id: int,
 ) -> tuple[int | float, ...]:
     """A record in the order of its columns; the mask's row is filled in by pack."""
     protect = any(term.protect for term in terms)
-    row_class = _row_class(terms, vocab_size)
+    # A late row is listed by its target alone, as no other score is there yet.
+    row_class = _row_class(terms, vocab_size) if late_list == NOT_LATE else FILTERED_BY_TARGET
     has_penalties = target_id < 0 and (row.logit_bias is not None or has_history(row))
     # The scan cannot know what the repetition penalty is anchored to, but without terms it is anchored to 0.
     can_scan = has_penalties and (row.repetition_penalty == 1.0 or not terms) and row.num_logprobs == 0
@@ -203,7 +223,7 @@ def _row_columns(
         list_mode,
         list_best,
         target_id,
-        0,
+        late_list,
         row.temperature,
         row.top_p,
         log(row.min_p) if row.min_p > 0.0 else -inf,
@@ -234,19 +254,11 @@ def _plan_list(row: SampleRow, *, is_drawn: bool) -> tuple[int, int, float]:
 
 
 def _row_class(terms: tuple[Term, ...], vocab_size: int) -> int:
-    if any(_filter_keep(term, vocab_size) > 0 for term in terms):
+    if any(filter_keep(term, vocab_size) > 0 for term in terms):
         return FILTERED_BY_TARGET
     if any(term.filter_mode == rules.FUSED for term in terms):
         return FILTERED_BY_SCORE
     return UNFILTERED
-
-
-def _filter_keep(term: Term, vocab_size: int) -> int:
-    """min_keep of the filter on the target; 0 where there is none."""
-    if term.filter_mode == rules.PLAUSIBILITY:
-        return min(term.min_keep, vocab_size)
-    # floor gives 0 where the published code keeps everything.
-    return floor(term.tau * vocab_size) if term.filter_mode == rules.OFFICIAL else 0
 
 
 def _term_columns(term: Term, num_terms: int, vocab_size: int) -> tuple[int | float, ...]:
@@ -258,7 +270,7 @@ def _term_columns(term: Term, num_terms: int, vocab_size: int) -> tuple[int | fl
         term.row_p if is_pair else -1,
         int(needs_normalizer(term, num_terms)),
         min(term.rank_k, vocab_size) if term.kind == rules.PAIR_RANK else 0,
-        _filter_keep(term, vocab_size),
+        filter_keep(term, vocab_size),
         term.strength,
         log(term.tau) if term.tau > 0.0 else -inf,
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from uld_kernels import rules
+from uld_kernels.late import may_look_further
 from uld_kernels.rows import SampleRow, Term
 
 _LEAST_TOUCHED = 1024
@@ -30,13 +31,17 @@ class SampleShape:
     """Token ids in bans, histories and biases of all rows together."""
     num_masks: int = 0
     """Rows with a grammar mask."""
+    first_late: int | None = None
+    """Streams from this row on are late (LateRows); None where all are rows of logits."""
+    looks_further: bool = False
+    """Some row's late streams are wanted on what a fused filter could leave, which is found in several looks."""
 
     @classmethod
-    def of(cls, rows: Sequence[SampleRow], *, num_rows: int) -> SampleShape:
+    def of(cls, rows: Sequence[SampleRow], *, num_rows: int, first_late: int | None = None) -> SampleShape:
         """The smallest padded shape that covers `rows`. Raises ValueError if they are more than num_rows."""
         if len(rows) > num_rows:
             raise ValueError(f"{len(rows)} rows do not fit a shape of {num_rows}")
-        needed = cls._needed(rows)
+        needed = cls._needed(rows, first_late)
         return cls(
             num_rows=num_rows,
             max_terms=_padded(needed.max_terms, least=1),
@@ -46,11 +51,13 @@ class SampleShape:
             needs_ranks=needed.needs_ranks,
             num_touched=_padded(needed.num_touched, least=_LEAST_TOUCHED),
             num_masks=min(num_rows, _padded(needed.num_masks, least=1)),
+            first_late=first_late,
+            looks_further=needed.looks_further,
         )
 
     def covers(self, rows: Sequence[SampleRow]) -> bool:
         """Whether a sampler of this shape can be filled with `rows`."""
-        needed = self._needed(rows)
+        needed = self._needed(rows, self.first_late)
         return (
             needed.num_rows <= self.num_rows
             and needed.max_terms <= self.max_terms
@@ -60,6 +67,7 @@ class SampleShape:
             and needed.needs_ranks <= self.needs_ranks
             and needed.num_touched <= self.num_touched
             and needed.num_masks <= self.num_masks
+            and needed.looks_further <= self.looks_further
         )
 
     def check(self, rows: Sequence[SampleRow]) -> None:
@@ -68,9 +76,9 @@ class SampleShape:
             raise ValueError(f"{self} does not cover these {len(rows)} rows; make one with SampleShape.of")
 
     @classmethod
-    def _needed(cls, rows: Sequence[SampleRow]) -> SampleShape:
+    def _needed(cls, rows: Sequence[SampleRow], first_late: int | None) -> SampleShape:
         max_terms, max_logprobs, num_special, touched, num_masks = 1, 0, 0, 0, 0
-        needs_normalizers = needs_ranks = False
+        needs_normalizers = needs_ranks = looks_further = False
         for row in rows:
             max_logprobs = max(max_logprobs, row.num_logprobs)
             if row.terms:
@@ -78,6 +86,7 @@ class SampleShape:
                 max_terms = max(max_terms, len(terms))
                 needs_normalizers |= any(needs_normalizer(term, len(terms)) for term in terms)
                 needs_ranks |= any(term.kind == rules.PAIR_RANK for term in terms)
+                looks_further |= first_late is not None and may_look_further(terms, first_late=first_late)
             if is_special(row):
                 num_special += 1
                 touched += num_touched(row)
@@ -91,6 +100,8 @@ class SampleShape:
             needs_ranks,
             touched,
             num_masks,
+            first_late,
+            looks_further,
         )
 
 

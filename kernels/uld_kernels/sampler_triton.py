@@ -13,39 +13,42 @@ from math import inf, log
 import torch
 import triton
 
-from uld_kernels import columns_triton as columns
 from uld_kernels.finish_triton import _finish_kernel
+from uld_kernels.late import last_stream, whole_where_needed
+from uld_kernels.late_triton import score_listed
+from uld_kernels.list_triton import _list_kernel, _look_further_kernel
+from uld_kernels.pack import TERM_INT_COLUMNS, TERM_WORDS
 from uld_kernels.rank_triton import _rank_kernel, _rank_tile_kernel
-from uld_kernels.rows import SampleOutput, SampleRow, ScoreOutput
+from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput
 from uld_kernels.sample_shape import SampleShape
-from uld_kernels.scan_triton import (
-    NUM_BESTS,
-    NUM_INT_PARTIALS,
-    NUM_PARTIALS,
-    _normalizer_kernel,
-    _normalizer_tile_kernel,
-    _scan_kernel,
-    _touch_kernel,
-)
+from uld_kernels.scan_triton import _normalizer_kernel, _normalizer_tile_kernel, _scan_kernel, _touch_kernel
 from uld_kernels.staging import Staging
+from uld_kernels.workspace import SCAN_BLOCK, Workspace
+from uld_kernels.workspace import num_groups as num_groups_of
+from uld_kernels.workspace import num_tiles as num_tiles_of
 
 # The same for any batch, so that a row has the same bits in any.
-SCAN_BLOCK = 1024
 SELECT_BLOCK = 2048
 CHUNK = 4096
 LIST_BLOCK = 512
 SCAN_WARPS = 4
 FINISH_WARPS = 8
+# How much further down (nats) each look for a fused filter's tokens goes; the last has no end, so lists are exact.
+FURTHER_LOOKS = (4.0, inf)
 # Contracting a - s * x into one rounding would differ from the torch sampler in the last bit.
 _OPTIONS = {"enable_fp_fusion": False}
 
 
 def sample(
-    logits_RV: torch.Tensor, rows: Sequence[SampleRow], *, vocab_size: int, protected_ids: torch.Tensor
+    logits_RV: torch.Tensor,
+    rows: Sequence[SampleRow],
+    *,
+    vocab_size: int,
+    protected_ids: torch.Tensor,
+    late: LateRows | None = None,
 ) -> SampleOutput:
     """ops.fused_sample for fp32, bf16 and fp16 logits."""
-    sampler = _filled(logits_RV, rows, vocab_size=vocab_size, protected_ids=protected_ids)
-    sampler.run(logits_RV)
+    sampler = _ran(logits_RV, rows, None, late, vocab_size=vocab_size, protected_ids=protected_ids)
     return sampler.output()
 
 
@@ -56,27 +59,34 @@ def score(
     *,
     vocab_size: int,
     protected_ids: torch.Tensor,
+    late: LateRows | None = None,
 ) -> ScoreOutput:
     """ops.fused_score. Reads target_ids_B on the host: pass it from there."""
     targets: list[int] = target_ids_B.tolist()
-    sampler = _filled(logits_RV, rows, targets, vocab_size=vocab_size, protected_ids=protected_ids)
-    sampler.run(logits_RV)
+    sampler = _ran(logits_RV, rows, targets, late, vocab_size=vocab_size, protected_ids=protected_ids)
     return sampler.scores()
 
 
-def _filled(
+def _ran(
     logits_RV: torch.Tensor,
     rows: Sequence[SampleRow],
-    target_ids: Sequence[int] | None = None,
+    target_ids: Sequence[int] | None,
+    late: LateRows | None,
     *,
     vocab_size: int,
     protected_ids: torch.Tensor,
 ) -> TritonSampler:
-    shape = SampleShape.of(rows, num_rows=len(rows))
+    first_late = None
+    if late is not None:
+        logits_RV, rows = whole_where_needed(logits_RV, rows, late, vocab_size=vocab_size)
+        if any(last_stream(term) >= logits_RV.shape[0] for row in rows for term in row.terms):
+            first_late = logits_RV.shape[0]
+    shape = SampleShape.of(rows, num_rows=len(rows), first_late=first_late)
     sampler = TritonSampler(
         shape, vocab_size=vocab_size, protected_ids=protected_ids, device=logits_RV.device, num_stages=1
     )
     sampler.fill(rows, target_ids=target_ids)
+    sampler.run(logits_RV, None if first_late is None else late)
     return sampler
 
 
@@ -91,29 +101,35 @@ class TritonSampler:
         protected_ids: torch.Tensor,
         device: torch.device,
         num_stages: int = 3,
+        workspace: Workspace | None = None,
     ) -> None:
-        """`num_stages`: so many fills may be on their way to the device before one has to wait."""
+        """`num_stages`: so many fills may be on their way to the device before one has to wait. `workspace` is shared
+        with samplers that never run at the same time; without, this one has its own. Raises WorkspaceTooSmall."""
         self.shape = shape
         self.vocab_size = vocab_size
         self._tables = Staging(shape, vocab_size=vocab_size, device=device, num_stages=num_stages)
         self._protected_ids = protected_ids
         self._protected_V = torch.zeros(vocab_size, dtype=torch.int8, device=device)
         self._protected_V.index_fill_(0, protected_ids, 1)
-        self.space = _workspace(shape, vocab_size, device)
+        workspace = workspace or Workspace.of(shape, vocab_size=vocab_size, device=device)
+        self.space = workspace.lend(shape, vocab_size)
+        num_terms = shape.num_rows * self._tables.layout.max_terms
+        # Not lent: a shape that needs none reads these values and never writes them.
+        self.space["normalizers"] = torch.zeros((num_terms, 2), device=device)
+        self.space["thresholds"] = torch.full((num_terms,), inf, device=device)
         self._columns = _empty_output(shape.num_rows, shape.max_logprobs, device)
 
     def fill(self, rows: Sequence[SampleRow], *, target_ids: Sequence[int] | None = None) -> None:
         """What the next run draws, or scores where target ids are given."""
         self._tables.fill(rows, target_ids=target_ids)
 
-    def run(self, logits_RV: torch.Tensor) -> None:
-        """Launches, and nothing else. Raises ValueError for logits that lack a row or token of the last fill."""
+    def run(self, logits_RV: torch.Tensor, late: LateRows | None = None) -> None:
+        """Launches, and nothing else. Raises ValueError for logits, or late rows, that lack a row or token of the last
+        fill."""
         if self.shape.num_rows == 0:
             return
-        needed = self._tables.num_logit_rows, self.vocab_size
-        if logits_RV.shape[0] < needed[0] or logits_RV.shape[1] < needed[1]:
-            raise ValueError(f"the rows read {needed} logits, got {tuple(logits_RV.shape)}")
-        num_tiles, num_groups = _num_tiles(self.vocab_size), _num_groups(self.vocab_size)
+        self._check(logits_RV, late)
+        num_tiles, num_groups = num_tiles_of(self.vocab_size), num_groups_of(self.vocab_size)
         self._prepare(logits_RV)
         space, columns_B = self.space, self._columns
         row = (
@@ -126,16 +142,29 @@ class TritonSampler:
             *row, self._protected_V, *found, space["group_max"],
             num_groups, BLOCK=SCAN_BLOCK, num_warps=SCAN_WARPS, **_OPTIONS,
         )  # fmt: skip
-        _finish_kernel[(self.shape.num_rows,)](
+        listing = (
             *row, self._protected_V, self._protected_ids, self._protected_ids.shape[0], *found, num_tiles,
             space["group_max"], space["group_list"], num_groups, space["lucky"], space["lucky"].shape[1],
             space["listed_ids"], space["listed_s"], space["listed_b"],
+        )  # fmt: skip
+        sizes = {
+            "TILES": triton.next_power_of_2(num_tiles),
+            "GROUPS": triton.next_power_of_2(num_groups),
+            "NOISE_GROUPS": triton.next_power_of_2(space["lucky"].shape[1]),
+            "BLOCK": SELECT_BLOCK,
+            "CHUNK": CHUNK,
+        }
+        # The last four are not read where nothing is late.
+        listed = space["listed_ids"], space["listed_b"], space["listed_b"], self.shape.first_late or 0
+        if late is not None:
+            self._score_late(row, listing, sizes, late)
+            listed = space["counts"], space["limits"], space["late_scores"], listed[-1]
+        _finish_kernel[(self.shape.num_rows,)](
+            *listing, *listed,
             columns_B["token_ids_B"], columns_B["logprob_B"], columns_B["rank_B"], columns_B["status_B"],
             columns_B["num_kept_B"], columns_B["kl_B"], columns_B["argmax_changed_B"], columns_B["top_ids_BN"],
             columns_B["top_logprobs_BN"], self.shape.max_logprobs,
-            TILES=triton.next_power_of_2(num_tiles),
-            GROUPS=triton.next_power_of_2(num_groups), NOISE_GROUPS=triton.next_power_of_2(space["lucky"].shape[1]),
-            BLOCK=SELECT_BLOCK, CHUNK=CHUNK, LIST=LIST_BLOCK, num_warps=FINISH_WARPS, **_OPTIONS,
+            **sizes, LIST=LIST_BLOCK, IS_LISTED=late is not None, num_warps=FINISH_WARPS, **_OPTIONS,
         )  # fmt: skip
 
     def output(self) -> SampleOutput:
@@ -157,10 +186,55 @@ class TritonSampler:
             columns_B[name] = columns_B[name][:, :width]
         return columns_B
 
+    def _check(self, logits_RV: torch.Tensor, late: LateRows | None) -> None:
+        """What would otherwise read the wrong memory."""
+        needed = self._tables.num_logit_rows, self.vocab_size
+        if logits_RV.shape[0] < needed[0] or logits_RV.shape[1] < needed[1]:
+            raise ValueError(f"the rows read {needed} logits, got {tuple(logits_RV.shape)}")
+        if (late is None) != (self.shape.first_late is None):
+            raise ValueError(f"{self.shape} and {'no ' if late is None else ''}late rows do not go together")
+        if late is None:
+            return
+        needed = self._tables.num_late_rows, self.vocab_size
+        if late.hidden_AD.shape[0] < needed[0] or late.weight_WD.shape[0] < needed[1]:
+            given = late.hidden_AD.shape[0], late.weight_WD.shape[0]
+            raise ValueError(f"the rows read {needed} late logits, got rows and head of {given}")
+
+    def _score_late(
+        self, row: tuple[object, ...], listing: tuple[object, ...], sizes: dict[str, int], late: LateRows
+    ) -> None:
+        """Lists the tokens of all rows, and scores the late assistants on those of theirs."""
+        space, layout, num_rows = self.space, self._tables.layout, self.shape.num_rows
+        first_late = layout.first_late
+        assert first_late is not None, "late rows in a shape that has none"
+        index_BM = self._tables.terms[: num_rows * layout.max_terms * TERM_WORDS]
+        index_BM = index_BM.view(num_rows, layout.max_terms, TERM_WORDS)[
+            :, :, TERM_INT_COLUMNS.index("row_1")
+        ]
+        starts_B, counts_B, limits_B = space["starts"], space["counts"], space["limits"]
+
+        def score() -> None:
+            score_listed(
+                late, space["listed_ids"], counts_B, index_BM,
+                out_BMC=space["late_scores"], starts_B=starts_B, first_late=first_late,
+            )  # fmt: skip
+
+        _list_kernel[(num_rows,)](
+            *listing, starts_B, counts_B, limits_B, **sizes, num_warps=FINISH_WARPS, **_OPTIONS
+        )
+        score()
+        for step in FURTHER_LOOKS if self.shape.looks_further else ():
+            _look_further_kernel[(num_rows,)](
+                *row, space["group_max"], space["group_list"], space["group_max"].shape[1],
+                space["listed_ids"], space["listed_b"], starts_B, counts_B, limits_B, space["late_scores"], first_late,
+                step, BLOCK=SELECT_BLOCK, CHUNK=CHUNK, LIST=LIST_BLOCK, num_warps=FINISH_WARPS, **_OPTIONS,
+            )  # fmt: skip
+            score()
+
     def _prepare(self, logits_RV: torch.Tensor) -> None:
         """Fills what is needed before the scan; launches nothing for shapes that need nothing."""
         num_terms = self.shape.num_rows * self._tables.layout.max_terms
-        num_tiles, num_groups = _num_tiles(self.vocab_size), _num_groups(self.vocab_size)
+        num_tiles, num_groups = num_tiles_of(self.vocab_size), num_groups_of(self.vocab_size)
         logits, terms, space = (
             (logits_RV, logits_RV.stride(0), self.vocab_size),
             self._tables.terms,
@@ -191,55 +265,6 @@ class TritonSampler:
                 TILES=triton.next_power_of_2(num_tiles), GROUPS=triton.next_power_of_2(num_groups),
                 BLOCK=SELECT_BLOCK, CHUNK=CHUNK, LIST=LIST_BLOCK, num_warps=FINISH_WARPS, **_OPTIONS,
             )  # fmt: skip
-
-
-def _num_tiles(vocab_size: int) -> int:
-    return -(-vocab_size // SCAN_BLOCK)
-
-
-def _num_groups(vocab_size: int) -> int:
-    return -(-vocab_size // int(columns.GROUP.value))
-
-
-def _workspace(shape: SampleShape, vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """What the kernels hand to each other, by name."""
-    num_tiles, num_groups = _num_tiles(vocab_size), _num_groups(vocab_size)
-    rows, num_terms, special = (
-        shape.num_rows,
-        shape.num_rows * max(1, shape.max_terms),
-        max(1, shape.num_special),
-    )
-
-    def floats(*sizes: int) -> torch.Tensor:
-        return torch.empty(sizes, dtype=torch.float32, device=device)
-
-    def ints(*sizes: int) -> torch.Tensor:
-        return torch.empty(sizes, dtype=torch.int32, device=device)
-
-    space = {
-        "normalizers": torch.zeros((num_terms, 2), device=device),
-        "thresholds": torch.full((num_terms,), inf, device=device),
-        "touched": ints(special, vocab_size if shape.num_special else 1),
-        "biases": floats(special, vocab_size if shape.num_special else 1),
-        "bests": torch.empty((rows, num_tiles, NUM_BESTS.value), dtype=torch.int64, device=device),
-        "partials": floats(rows, num_tiles, NUM_PARTIALS.value),
-        "int_partials": ints(rows, num_tiles, NUM_INT_PARTIALS.value),
-        "group_max": floats(rows, num_groups),
-        "group_list": ints(rows, num_groups),
-        "lucky": floats(rows, triton.cdiv(vocab_size, columns.NOISE_GROUP.value)),
-        # Room for the whole vocabulary: a list can overflow nothing. Rows touch only what they list.
-        "listed_ids": ints(rows, vocab_size),
-        "listed_s": floats(rows, vocab_size),
-        "listed_b": floats(rows, vocab_size),
-    }
-    if shape.needs_normalizers:
-        space["stream_partials"] = floats(2, num_terms * 2, num_tiles)
-    if shape.needs_ranks:
-        space["rank_groups"] = floats(num_terms, num_groups)
-        space["rank_list"] = ints(num_terms, num_groups)
-        space["rank_bad"] = ints(num_terms, num_tiles)
-        space["rank_listed"] = floats(num_terms, vocab_size)
-    return space
 
 
 def _empty_output(num_rows: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:

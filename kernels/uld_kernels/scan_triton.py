@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from uld_kernels import workspace
 from uld_kernels.columns_triton import (
     BAN_BIT,
     BANNED,
@@ -58,7 +59,7 @@ from uld_kernels.columns_triton import (
 # Partial results of one tile of one row, for the finish: two keys, floats and ints.
 BEST_B = tl.constexpr(0)
 BEST_S = tl.constexpr(1)
-NUM_BESTS = tl.constexpr(2)
+NUM_BESTS = tl.constexpr(workspace.NUM_BESTS)
 SUM_B = tl.constexpr(0)
 MAX_OTHERS = tl.constexpr(1)
 SUM_OTHERS = tl.constexpr(2)
@@ -66,10 +67,10 @@ SUM_S = tl.constexpr(3)
 KL = tl.constexpr(4)
 MAX_VALUE = tl.constexpr(5)
 SUM_VALUE = tl.constexpr(6)
-NUM_PARTIALS = tl.constexpr(8)
+NUM_PARTIALS = tl.constexpr(workspace.NUM_PARTIALS)
 COUNT = tl.constexpr(0)
 NUM_HIGHER = tl.constexpr(1)
-NUM_INT_PARTIALS = tl.constexpr(2)
+NUM_INT_PARTIALS = tl.constexpr(workspace.NUM_INT_PARTIALS)
 
 
 @triton.jit

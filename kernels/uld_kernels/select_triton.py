@@ -1,5 +1,5 @@
-"""How a row finds its candidates through the maxima of its groups. Device functions, called by rank_triton and
-finish_triton.
+"""How a row finds its candidates through the maxima of its groups. Device functions, called by rank_triton,
+list_triton and finish_triton.
 
 A list is a superset of what filters and truncation leave (an upper set of the value they look at, plus the protected
 tokens), so that all later decisions are exact on it alone; where no bound is known it is the vocabulary."""
@@ -41,6 +41,12 @@ from uld_kernels.noise_triton import SMALLEST_NOISE, group_noise, stream_of
 # Candidates lie this much below a bound that rounding may have moved; the finish decides exactly.
 _SLACK = tl.constexpr(1e-3)
 _RELATIVE_SLACK = tl.constexpr(2e-6)
+
+
+@triton.jit
+def lowered(bound):
+    """A little below a bound, where rounding could not matter."""
+    return bound - (_SLACK + _RELATIVE_SLACK * tl.abs(bound))
 
 
 @triton.jit
@@ -110,8 +116,7 @@ def threshold_of(row, group_max, max_b, max_s, max_value):
             threshold = tl.minimum(near_best, bound)
         elif tl.load(ints + LIST_MODE) == LIST_LUCKY:
             threshold = tl.full((), float("inf"), tl.float32)
-    lowered = threshold - (_SLACK + _RELATIVE_SLACK * tl.abs(threshold))
-    return tl.where(threshold < float("inf"), lowered, threshold)
+    return tl.where(threshold < float("inf"), lowered(threshold), threshold)
 
 
 @triton.jit
@@ -145,10 +150,10 @@ def lucky_thresholds(row, lucky_ptr, max_value, threshold, NOISE_GROUPS: tl.cons
     may_win = live & (value >= lowest) & (value > float("-inf"))
     lucky = tl.max(tl.where(may_win, value / temperature + highest, float("-inf")))
     reached = tl.maximum(lucky, max_value / temperature + SMALLEST_NOISE)
-    reached -= _SLACK + _RELATIVE_SLACK * tl.abs(reached)
-    needed = tl.maximum((reached - highest) * temperature, lowest)
-    needed -= _SLACK + _RELATIVE_SLACK * tl.abs(needed)
-    tl.store(lucky_ptr + groups, tl.minimum(needed, threshold), mask=groups * NOISE_GROUP < vocab_size)
+    needed = tl.maximum((lowered(reached) - highest) * temperature, lowest)
+    tl.store(
+        lucky_ptr + groups, tl.minimum(lowered(needed), threshold), mask=groups * NOISE_GROUP < vocab_size
+    )
     tl.debug_barrier()
 
 
@@ -215,3 +220,69 @@ def list_candidates(
         num_listed = _append(ids_ptr, s_ptr, b_ptr, num_listed, ids, s, b, live)
     tl.debug_barrier()
     return num_listed
+
+
+@triton.jit
+def list_row(
+    row, index, max_b, max_s, max_value, mass, count, is_bad, protected_ptr, protected_ids_ptr, num_protected,
+    group_max_ptr, group_list_ptr, num_groups, lucky_ptr, num_lucky, ids_ptr, s_ptr, b_ptr,
+    GROUPS: tl.constexpr, NOISE_GROUPS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """list_candidates of one row by what its tiles said; `ids_ptr`, `s_ptr` and `b_ptr` are the row's own."""
+    index_64 = index.to(tl.int64)
+    group, lucky = tl.arange(0, GROUPS), lucky_ptr + index_64 * num_lucky
+    group_max_ptr += index_64 * num_groups
+    # A row that has failed lists nothing.
+    num_listed_groups = tl.where(is_bad, 0, num_groups)
+    group_max = tl.load(group_max_ptr + group, mask=group < num_listed_groups, other=float("-inf"))
+    threshold = threshold_of(row, group_max, max_b, max_s, max_value)
+    if tl.load(row[3] + LIST_MODE) == LIST_LUCKY:
+        lucky_thresholds(row, lucky, max_value, threshold, NOISE_GROUPS)
+    return list_candidates(
+        row, group_max_ptr, num_listed_groups, threshold, max_value, mass, count, protected_ptr, protected_ids_ptr,
+        num_protected, group_list_ptr + index_64 * num_groups, lucky, ids_ptr, s_ptr, b_ptr, BLOCK, CHUNK,
+    )  # fmt: skip
+
+
+@triton.jit
+def list_between(
+    row, low, high, group_max_ptr, num_groups, group_list_ptr, ids_ptr, b_ptr, num_listed,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Appends the tokens whose target logit is at least `low` and less than `high`, protected or not, ids ascending;
+    returns the list's new length."""
+    vocab_size = row[2]
+    lane = tl.arange(0, BLOCK)
+    num_picked = pick_groups(group_max_ptr, num_groups, low, group_max_ptr, False, group_list_ptr, CHUNK)
+    for start in range(0, num_picked, BLOCK // GROUP):
+        place = start + lane // GROUP
+        ids = tl.load(group_list_ptr + place, mask=place < num_picked, other=0) * GROUP + lane % GROUP
+        b = load_target(row, ids, (place < num_picked) & (ids < vocab_size))
+        num_listed = _append_targets(
+            ids_ptr, b_ptr, num_listed, ids, b, (b > float("-inf")) & (b >= low) & (b < high)
+        )
+    return num_listed
+
+
+@triton.jit
+def list_protected_below(
+    row, high, protected_ids_ptr, num_protected, ids_ptr, b_ptr, num_listed, BLOCK: tl.constexpr
+):
+    """Appends the protected tokens whose target logit is less than `high`; returns the list's new length."""
+    lane = tl.arange(0, BLOCK)
+    for start in range(0, num_protected, BLOCK):
+        inside = start + lane < num_protected
+        ids = tl.load(protected_ids_ptr + start + lane, mask=inside, other=0).to(tl.int32)
+        b = load_target(row, ids, inside)
+        num_listed = _append_targets(ids_ptr, b_ptr, num_listed, ids, b, (b > float("-inf")) & (b < high))
+    tl.debug_barrier()
+    return num_listed
+
+
+@triton.jit
+def _append_targets(ids_ptr, b_ptr, num_listed, ids, b, taken):
+    taken_int = tl.where(taken, 1, 0)
+    slots = num_listed + tl.cumsum(taken_int, 0) - taken_int
+    tl.store(ids_ptr + slots, ids, mask=taken_int != 0)
+    tl.store(b_ptr + slots, b, mask=taken_int != 0)
+    return num_listed + tl.sum(taken_int)

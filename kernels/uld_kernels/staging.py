@@ -35,6 +35,7 @@ class Staging:
         self.digests: list[tuple[int, ...]] = []
         self.num_logprobs = 0
         self.num_logit_rows = 0
+        self.num_late_rows = 0
         self._vocab_size = vocab_size
         self._is_cuda = device.type == "cuda"
         self._words = torch.zeros(self.layout.num_words, dtype=torch.int32, device=device)
@@ -76,7 +77,7 @@ class Staging:
             stage.words, rows, layout=self.layout, vocab_size=self._vocab_size, target_ids=target_ids
         )
         self.digests = filled.digests
-        self.num_logit_rows = filled.num_logit_rows
+        self.num_logit_rows, self.num_late_rows = filled.num_logit_rows, filled.num_late_rows
         self.num_logprobs = max((row.num_logprobs for row in rows), default=0)
         self._copy(stage, filled)
 

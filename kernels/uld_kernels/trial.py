@@ -14,13 +14,16 @@ from typing import Final
 import torch
 
 from uld_kernels import rules, sampler_reference
-from uld_kernels.rows import SampleOutput, SampleRow, Term
+from uld_kernels.rows import LateRows, SampleOutput, SampleRow, Term
 
 logger = logging.getLogger(__name__)
 
 _TOLERANCE: Final = 1e-4
 _NUM_LOGITS: Final = 5
 _SPOILED: Final = 3
+# Late rows of the trial follow the logits: one near the target, one that hushes its best tokens far down, one spoiled.
+_NEAR, _FAR, _SPOILED_LATE = range(_NUM_LOGITS, _NUM_LOGITS + 3)
+_WIDTH: Final = 72
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +40,35 @@ def verdict(device: torch.device, vocab_size: int, dtype: torch.dtype) -> Verdic
 
     Must not be called for the first time while a CUDA graph is being recorded.
     """
+    rows = trial_rows(vocab_size)
+    return _verdict(device, vocab_size, dtype, rows, None, "torch samples instead")
+
+
+@lru_cache(maxsize=64)
+def late_verdict(
+    device: torch.device, vocab_size: int, dtype: torch.dtype, head_dtype: torch.dtype
+) -> Verdict:
+    """The same of rows whose assistants are late, rows of a head of `head_dtype`, among rows whose are not."""
+    rows = late_trial_rows(vocab_size)
+    return _verdict(device, vocab_size, dtype, rows, head_dtype, "late rows are computed whole instead")
+
+
+def _verdict(
+    device: torch.device,
+    vocab_size: int,
+    dtype: torch.dtype,
+    rows: list[SampleRow],
+    head_dtype: torch.dtype | None,
+    instead: str,
+) -> Verdict:
+    kind = "the Triton sampler" if head_dtype is None else "the Triton sampler of late rows"
     try:
-        reason = _difference(device, vocab_size, dtype)
+        reason = _difference(device, vocab_size, dtype, rows, head_dtype)
     except Exception:
-        logger.warning("the Triton sampler does not run on %s; torch samples instead", device, exc_info=True)
+        logger.warning("%s does not run on %s; %s", kind, device, instead, exc_info=True)
         return Verdict(False, "it does not run")
     if reason:
-        logger.warning("the Triton sampler is wrong on %s (%s); torch samples instead", device, reason)
+        logger.warning("%s is wrong on %s (%s); %s", kind, device, reason, instead)
     return Verdict(not reason, reason)
 
 
@@ -68,16 +93,58 @@ def trial_rows(vocab_size: int) -> list[SampleRow]:
         (hush, relu),
         (rank, pair),
     )
-    ids = torch.tensor([1, 5, 5, 8, 30]) % vocab_size
-    few = torch.tensor(sorted(set(ids.tolist())))
-    mask = torch.arange(vocab_size) % 3 != 1
     rows = [
         SampleRow(0, terms, temperature=temperature, seed=11, position=number)
         for number, terms in enumerate(compositions)
         for temperature in (0.0, 0.9)
     ]
+    extras = _extras(vocab_size)
+    for terms in ((), (hush,), (relu,)):
+        rows += [replace(row, terms=terms, seed=12, position=number) for number, row in enumerate(extras)]
+    rows += [SampleRow(_SPOILED), SampleRow(0, (replace(relu, row_a=_SPOILED),), seed=2)]
+    rows += [SampleRow(4, (replace(hush, row_a=_SPOILED), relu), seed=4)]
+    return [*rows, SampleRow(4, (hush,), seed=3, compose=rules.COMPOSE_SUM)]
+
+
+def late_trial_rows(vocab_size: int) -> list[SampleRow]:
+    """Every way to list a late row; rows that are none or that no list serves; truncations, penalties, bans and NaN."""
+    hush = Term(
+        rules.SUBTRACT,
+        0.75,
+        1,
+        row_a=_NEAR,
+        filter_mode=rules.PLAUSIBILITY,
+        tau=0.01,
+        min_keep=40,
+        protect=True,
+    )
+    far = Term(rules.RELU_DIFFERENCE, 1.0, 3, row_a=_FAR, filter_mode=rules.FUSED, tau=0.02)
+    near = replace(far, digest=2, row_a=_NEAR, protect=True)
+    whole = replace(far, digest=4, strength=2.0, row_a=2)
+    among = replace(hush, kind=rules.RELU_DIFFERENCE, digest=5, row_a=_FAR, protect=False)
+    everywhere = Term(rules.SUBTRACT, 0.5, 6, row_a=_NEAR)
+    compositions = (
+        (), (hush,), (near,), (far,), (near, far), (whole, far), (among, near), (everywhere,), (whole,),
+    )  # fmt: skip
+    rows = [
+        SampleRow(0, terms, temperature=temperature, seed=21, position=number)
+        for number, terms in enumerate(compositions)
+        for temperature in (0.0, 0.9)
+    ]
+    for terms in ((hush,), (far,), (near, far)):
+        extras = _extras(vocab_size)
+        rows += [replace(row, terms=terms, seed=22, position=number) for number, row in enumerate(extras)]
+    rows += [SampleRow(_SPOILED, (far,)), SampleRow(0, (whole, replace(near, row_a=_SPOILED_LATE)), seed=2)]
+    return [*rows, SampleRow(0, (near, far), seed=3, compose=rules.COMPOSE_SUM)]
+
+
+def _extras(vocab_size: int) -> list[SampleRow]:
+    """Rows without terms: truncations, penalties, bias, bans, alternatives."""
+    ids = torch.tensor([1, 5, 5, 8, 30]) % vocab_size
+    few = torch.tensor(sorted(set(ids.tolist())))
+    mask = torch.arange(vocab_size) % 3 != 1
     bias = (few, torch.full((len(few),), 1.5))
-    extras = [
+    return [
         SampleRow(0, top_k=7, top_p=0.8),
         SampleRow(0, top_p=0.5),
         SampleRow(0, min_p=0.1),
@@ -86,32 +153,55 @@ def trial_rows(vocab_size: int) -> list[SampleRow]:
         SampleRow(0, logit_bias=bias, frequency_penalty=0.3, output_ids=ids),
         SampleRow(0, banned_ids=few[1:], allowed_mask=mask),
     ]
-    for terms in ((), (hush,), (relu,)):
-        rows += [replace(row, terms=terms, seed=12, position=number) for number, row in enumerate(extras)]
-    rows += [SampleRow(_SPOILED), SampleRow(0, (replace(relu, row_a=_SPOILED),), seed=2)]
-    rows += [SampleRow(4, (replace(hush, row_a=_SPOILED), relu), seed=4)]
-    return [*rows, SampleRow(4, (hush,), seed=3, compose=rules.COMPOSE_SUM)]
 
 
-def _difference(device: torch.device, vocab_size: int, dtype: torch.dtype) -> str:
+def _difference(
+    device: torch.device,
+    vocab_size: int,
+    dtype: torch.dtype,
+    rows: list[SampleRow],
+    head_dtype: torch.dtype | None,
+) -> str:
     """What differs between the two samplers; nothing if they agree."""
     from uld_kernels import sampler_triton
 
     generator = torch.Generator().manual_seed(vocab_size)
-    logits_RV = (torch.randn(_NUM_LOGITS, vocab_size, generator=generator) * 3).to(dtype)
+    logits_RV = torch.randn(_NUM_LOGITS, vocab_size, generator=generator) * 3
+    late = None
+    if head_dtype is not None:
+        late = _late_rows(logits_RV, vocab_size, generator, head_dtype)
+    logits_RV = logits_RV.to(dtype)
     logits_RV[_SPOILED, logits_RV[0].argmax()] = nan
-    rows = trial_rows(vocab_size)
     ids = torch.tensor(sorted({0, vocab_size - 1}))
     ours = sampler_triton.sample(
-        logits_RV.to(device), rows, vocab_size=vocab_size, protected_ids=ids.to(device)
+        logits_RV.to(device),
+        rows,
+        vocab_size=vocab_size,
+        protected_ids=ids.to(device),
+        late=None if late is None else LateRows(late.hidden_AD.to(device), late.weight_WD.to(device)),
     )
+    whole_RV = logits_RV.double()
+    if late is not None:
+        whole_RV = torch.cat([whole_RV, late.hidden_AD.double() @ late.weight_WD.double().T])
     exact, rounded = (
         sampler_reference.sample(numbers, rows, vocab_size=vocab_size, protected_ids=ids)
-        for numbers in (logits_RV.double(), logits_RV.float())
+        for numbers in (whole_RV, whole_RV.float())
     )
     # Where rounding to fp32 decides for torch itself, nothing is to be learnt.
     is_clear_B = exact.token_ids_B == rounded.token_ids_B
     return _first_difference(ours, exact, is_clear_B)
+
+
+def _late_rows(
+    logits_RV: torch.Tensor, vocab_size: int, generator: torch.Generator, head_dtype: torch.dtype
+) -> LateRows:
+    """Makes the first row of the logits one of the same head."""
+    weight_VD = torch.randn(vocab_size, _WIDTH, generator=generator).to(head_dtype)
+    hidden_D = torch.randn(_WIDTH, generator=generator) * 3 / _WIDTH**0.5
+    near_D = hidden_D + 0.2 * torch.randn(_WIDTH, generator=generator) / _WIDTH**0.5
+    hidden_AD = torch.stack([near_D, 1.5 * hidden_D, torch.full_like(hidden_D, nan)]).to(head_dtype)
+    logits_RV[0] = weight_VD.float() @ hidden_D
+    return LateRows(hidden_AD, weight_VD)
 
 
 def _first_difference(ours: SampleOutput, exact: SampleOutput, is_clear_B: torch.Tensor) -> str:

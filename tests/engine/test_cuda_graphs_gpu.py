@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_base import Tiny
 
-from uld_serve.config import EngineSettings
+from uld_serve.config import EngineSettings, HeadUse
 from uld_serve.engine.cuda_graphs import GraphedRunner
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import Decision
@@ -15,9 +15,13 @@ from uld_serve.model.loading import load_base
 pytestmark = pytest.mark.gpu
 
 
-def engine_on_gpu(tiny: Tiny, *, cuda_graphs: bool | None, overlap: bool | None) -> Engine:
+def engine_on_gpu(
+    tiny: Tiny, *, cuda_graphs: bool | None, overlap: bool | None, head: HeadUse = "auto"
+) -> Engine:
     base = load_base(str(tiny.folder), dtype="float32", device="cuda")
-    settings = EngineSettings(kv_cache_bytes=2**24, cuda_graphs=cuda_graphs, overlap=overlap, max_num_seqs=8)
+    settings = EngineSettings(
+        kv_cache_bytes=2**24, cuda_graphs=cuda_graphs, overlap=overlap, max_num_seqs=8, head=head
+    )
     return Engine.of(base, settings)
 
 
@@ -63,4 +67,12 @@ def test_both_are_on_where_nobody_says_otherwise(tiny: Tiny, expected: dict[str,
     engine = engine_on_gpu(tiny, cuda_graphs=None, overlap=None)
     assert engine.config.cuda_graphs
     assert engine.config.overlap
+    assert tokens(engine, tiny) == expected
+
+
+def test_assistants_scored_late_give_the_tokens_of_those_scored_whole(
+    tiny: Tiny, expected: dict[str, list[int]]
+) -> None:
+    engine = engine_on_gpu(tiny, cuda_graphs=True, overlap=True, head="late")
+    assert engine.config.late_head
     assert tokens(engine, tiny) == expected

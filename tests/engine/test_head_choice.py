@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tiny_base import Tiny
-from uld_kernels import LateRows
+from uld_kernels import LateRows, ops
 
 from uld_serve.config import EngineConfig, EngineSettings
 from uld_serve.engine.engine import Engine
@@ -34,17 +34,31 @@ def resolved(free_device_bytes: int | None, **settings: object) -> EngineConfig:
         ("whole", ON_CPU, False),
         ("whole", ON_GPU, False),
         ("late", ON_CPU, True),
+        ("late", ON_GPU, True),
     ],
 )
 def test_auto_is_late_on_a_cpu_and_whole_on_a_gpu(head: str, device: int | None, is_late: bool) -> None:
     assert resolved(device, head=head).late_head is is_late
 
 
-def test_a_head_that_is_not_known_or_not_for_this_device_is_refused() -> None:
+def test_a_head_that_is_not_known_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="auto, whole or late, not 'early'"):
         EngineSettings(head="early")
-    with pytest.raises(InvalidRequest, match="auto or whole on a GPU"):
-        resolved(ON_GPU, head="late")
+
+
+@pytest.mark.parametrize(("head", "tried"), [("whole", [None]), ("late", [None, torch.float32])])
+def test_kernels_for_late_rows_are_tried_at_start_where_they_are_wanted(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, head: str, tried: list[object]
+) -> None:
+    asked: list[object] = []
+
+    def prove(*_: object, head_dtype: torch.dtype | None = None) -> bool:
+        asked.append(head_dtype)
+        return False
+
+    monkeypatch.setattr(ops, "prove", prove)
+    make_engine(head=head)
+    assert asked == tried
 
 
 def test_an_operator_sets_it_in_the_server_file() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from uld_kernels import SampleOutput, SampleRow, ops, sampler_reference, trial
+from uld_kernels import LateRows, SampleOutput, SampleRow, Term, ops, rules, sampler_reference, trial
+from uld_kernels.late import LATE_BY_SCORE, LATE_BY_TARGET, NOT_LATE, late_list_of
 
 pytest.importorskip("triton")
 VOCAB_SIZE = 97
@@ -18,9 +19,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _untried() -> Iterator[None]:
-    trial.verdict.cache_clear()
+    for verdict in (trial.verdict, trial.late_verdict):
+        verdict.cache_clear()
     yield
-    trial.verdict.cache_clear()
+    for verdict in (trial.verdict, trial.late_verdict):
+        verdict.cache_clear()
 
 
 def install(monkeypatch: pytest.MonkeyPatch, spoil: str | None) -> None:
@@ -62,6 +65,51 @@ def test_a_sampler_that_differs_in_anything_is_not_proven(
     assert "torch samples instead" in caplog.text
 
 
+@pytest.mark.parametrize("spoil", [None, "token_ids_B", "status_B", "logprob_B", "raises"])
+def test_late_rows_are_tried_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, spoil: str | None
+) -> None:
+    install(monkeypatch, spoil)
+    with caplog.at_level(logging.WARNING):
+        verdict = trial.late_verdict(CPU, VOCAB_SIZE, torch.float32, torch.bfloat16)
+    assert verdict.is_proven == (spoil is None)
+    assert ("late rows are computed whole instead" in caplog.text) == (spoil is not None)
+
+
+@pytest.mark.parametrize("are_lists_proven", [True, False])
+def test_late_rows_go_to_kernels_that_are_proven_and_are_else_computed_whole(
+    monkeypatch: pytest.MonkeyPatch, are_lists_proven: bool
+) -> None:
+    """Neither way drops them."""
+
+    def prove(*_: object, head_dtype: torch.dtype | None = None, **__: object) -> bool:
+        return head_dtype is None or are_lists_proven
+
+    given: list[LateRows | None] = []
+
+    def sample(
+        logits_RV: torch.Tensor, rows: Sequence[SampleRow], *, late: LateRows | None, **options: Any
+    ) -> SampleOutput:
+        given.append(late)
+        return sampler_reference.sample(logits_RV, rows, late=late, **options)
+
+    monkeypatch.setattr(ops, "prove", prove)
+    monkeypatch.setattr("uld_kernels.sampler_triton.sample", sample)
+    generator = torch.Generator().manual_seed(2)
+    logits_RV, hidden_AD, weight_VD = (
+        torch.randn(*size, generator=generator) for size in ((1, VOCAB_SIZE), (1, 8), (VOCAB_SIZE, 8))
+    )
+    late = LateRows(hidden_AD * 3, weight_VD)
+    hush = Term(rules.RELU_DIFFERENCE, 2.0, 1, row_a=1, filter_mode=rules.FUSED, tau=0.1)
+    options = {"vocab_size": VOCAB_SIZE, "protected_ids": torch.tensor([], dtype=torch.long)}
+    rows = [SampleRow(0, (hush,), seed=1), SampleRow(0, (hush,), temperature=0.0, position=1)]
+    output = ops.fused_sample(logits_RV, rows, **options, late=late)
+    expected = sampler_reference.sample(logits_RV, rows, **options, late=late)
+    assert torch.equal(output.token_ids_B, expected.token_ids_B)
+    assert output.digests == [(1,), (1,)]
+    assert given == [late if are_lists_proven else None]
+
+
 def test_the_trial_is_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, None)
     first = trial.verdict(CPU, VOCAB_SIZE, torch.float32)
@@ -78,3 +126,10 @@ def test_the_trial_has_every_status_and_a_secret_in_each_row() -> None:
     assert len({row.terms for row in rows}) >= 10
     assert {row.temperature for row in rows} >= {0.0, 0.9, 1.0}
     assert any(row.allowed_mask is not None for row in rows)
+
+
+def test_the_trial_of_late_rows_has_all_their_ways() -> None:
+    rows = trial.late_trial_rows(VOCAB_SIZE)
+    ways = {late_list_of(row.distinct_terms, first_late=5, vocab_size=VOCAB_SIZE) for row in rows}
+    assert ways == {None, NOT_LATE, LATE_BY_TARGET, LATE_BY_SCORE}
+    assert any(term.protect for row in rows for term in row.terms)

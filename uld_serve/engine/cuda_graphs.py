@@ -13,7 +13,7 @@ from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 
 import torch
-from uld_kernels import SampleOutput, SampleRow, SampleShape, StaticSampler
+from uld_kernels import SampleOutput, SampleRow, SampleShape, StaticSampler, WorkspaceTooSmall
 
 from uld_serve.engine.batch import Batch, Drawn
 from uld_serve.engine.recorded_step import Buffers, Record, RecordedStep, Recording
@@ -89,8 +89,8 @@ class _Draws:
 class DecodeGraphs:
     """`scratch_block` is a block of `cache` that belongs to no sequence, now or later.
 
-    Graphs of one shape share its buffers, and those with draws of one shape a sampler: only one of them runs at a time,
-    and what it gave is read before the next.
+    Graphs of one shape share its buffers, those with draws of one shape a sampler, and all samplers a workspace: only
+    one of them runs at a time, and what it gave is read before the next.
     """
 
     decoder: Decoder
@@ -193,6 +193,10 @@ class DecodeGraphs:
                 sampler = self._sampler(key[1], draws.sampler)
                 sampler.fill(samples)
             step = RecordedStep.of(buffers, sampler, self.record, num_checks=NUM_CHECKS)
+        except WorkspaceTooSmall as error:
+            logger.warning("a decode step runs as it is, not recorded: %s; raise sampler_bytes", error)
+            self._refused.add(key)
+            return None
         except RuntimeError:
             logger.exception("a decode step of %d rows cannot be recorded and runs as it is", key[0].num_rows)
             self._refused.add(key)

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field, replace
 
-import torch
-
 import uld_serve
 from uld_serve.config import EngineConfig, EngineSettings
 from uld_serve.engine.admission import Admission
 from uld_serve.engine.block_pool import BlockPool
 from uld_serve.engine.cuda_graphs import CudaRecorder, GraphedRunner
+from uld_serve.engine.memory import resolved
 from uld_serve.engine.plan import OWN_POOL, TARGET_POOL, Decision, Planner, ProfileVersion
 from uld_serve.engine.pools import Pools
 from uld_serve.engine.provision import Provision
@@ -56,7 +55,7 @@ class Engine:
     def of(cls, base: Base, settings: EngineSettings | None = None) -> Engine:
         """Raises ModelUnsupported when the base's layers do not compute what the base computes."""
         decoder = Decoder.of(base)
-        config = _resolve(settings or EngineSettings(), decoder)
+        config = resolved(settings or EngineSettings(), decoder)
         decoder.attention = choose(
             base.device, base.dtype, block_size=config.block_size, head_dim=decoder.head_dim
         )
@@ -75,7 +74,14 @@ class Engine:
             pools=pools,
             scheduler=Scheduler(config, pools),
             runner=runner,
-            sampler=Sampler(tokenizer, base.vocab_size, base.device, uld_serve.__version__),
+            sampler=Sampler(
+                tokenizer,
+                base.vocab_size,
+                base.device,
+                uld_serve.__version__,
+                late_head_dtype=decoder.head.weight_WD.dtype if config.late_head else None,
+                workspace_bytes=config.sampler_bytes,
+            ),
         )
 
     def prepare(self, versions: Series[ProfileVersion], models: Mapping[str, Base] | None = None) -> None:
@@ -275,14 +281,4 @@ def _whole_receipt(sequence: Sequence, outcome: Outcome) -> Receipt:
     silent = sequence.plan.silent
     return (
         replace(outcome.receipt, profiles=(*silent, *outcome.receipt.profiles)) if silent else outcome.receipt
-    )
-
-
-def _resolve(settings: EngineSettings, decoder: Decoder) -> EngineConfig:
-    base = decoder.base
-    free = torch.cuda.mem_get_info(base.device)[0] if base.device.type == "cuda" else None
-    return settings.resolve(
-        max_positions=decoder.max_positions,
-        bytes_per_token=decoder.cache_bytes_per_token(base.num_layers),
-        free_device_bytes=free,
     )

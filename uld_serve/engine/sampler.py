@@ -13,7 +13,7 @@ from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 
 import torch
-from uld_kernels import SampleShape, StaticSampler, ops, rules
+from uld_kernels import SampleShape, StaticSampler, Workspace, ops, rules
 from uld_kernels.rows import SMALLEST_TEMPERATURE, SampleOutput, SampleRow, ScoreOutput, Term
 
 from uld_serve.engine.batch import Drawn, Want
@@ -66,12 +66,21 @@ class Sampler:
     vocab_size: int
     device: torch.device
     engine_version: str
+    late_head_dtype: torch.dtype | None = None
+    """Of the head whose rows are scored late; None where all are scored whole."""
+    workspace_bytes: int = 0
+    """What static samplers share; 0 lets each have its own."""
     protected_ids: torch.Tensor = field(init=False)
     _ids_device: torch.device = field(init=False)
+    _workspace: Workspace | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Tries the device's kernels, which takes seconds. They take a row's ids from the host, with all else of it."""
         is_proven = ops.prove(self.device, self.vocab_size)
+        if self.late_head_dtype is not None:
+            ops.prove(self.device, self.vocab_size, head_dtype=self.late_head_dtype)
+        if is_proven and self.workspace_bytes:
+            self._workspace = Workspace(self.workspace_bytes, self.device)
         self._ids_device = torch.device("cpu") if is_proven else self.device
         control_ids = torch.tensor(list(self.tokenizer.control_ids), dtype=torch.long)
         self.protected_ids = to_device(control_ids, self.device)
@@ -108,9 +117,17 @@ class Sampler:
         )
 
     def static(self, shape: SampleShape) -> StaticSampler:
-        """One that draws the same from scores that lie in one place."""
+        """One that draws the same from scores that lie in one place. Raises WorkspaceTooSmall.
+
+        All of them share a workspace, so only one may run at a time: steps follow each other on one stream, also one
+        that is launched while the one before is in flight, and what the host reads of a step is its sampler's own.
+        """
         return StaticSampler(
-            shape, vocab_size=self.vocab_size, protected_ids=self.protected_ids, device=self.device
+            shape,
+            vocab_size=self.vocab_size,
+            protected_ids=self.protected_ids,
+            device=self.device,
+            workspace=self._workspace,
         )
 
     def collect(self, in_flight: InFlight) -> list[Outcome]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from uld_serve.assembly import Assembly, assemble
+from uld_serve.config import EngineConfig
 from uld_serve.engine.async_engine import AsyncEngine
 from uld_serve.errors import InvalidRequest
 from uld_serve.server import audit
@@ -35,7 +36,7 @@ ENGINE_SIZES = {
     "max_num_seqs": ("N", "most requests that run at once"),
     "kv_cache_bytes": (
         "BYTES",
-        "keys and values of all requests (CPU: 1 GiB; GPU: eight tenths of what is free)",
+        "keys and values of all requests (CPU: 1 GiB; GPU: eight tenths of what samplers leave free)",
     ),
     "own_kv_bytes": (
         "BYTES",
@@ -44,6 +45,10 @@ ENGINE_SIZES = {
     "adapter_bytes": (
         "BYTES",
         "adapters kept in memory; others are read when asked for (CPU: 2 GiB; GPU: a tenth)",
+    ),
+    "sampler_bytes": (
+        "BYTES",
+        "room that samplers of recorded steps share, GPU only (default: for the most requests, two profiles each)",
     ),
 }
 OVERRIDES = ("model", "profiles", "host", "port", "dtype", "device", *ENGINE_SIZES, "audit_log")
@@ -92,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
             create_app(catalog, backend),
             backend,
             settings.limits,
-            on_ready=lambda: _print_banner(console, catalog, url, is_open=keys.is_open),
+            on_ready=lambda: _print_banner(
+                console, catalog, url, memory=memory_plan(assembly.engine.config), is_open=keys.is_open
+            ),
         )
         return _serve(listener, sock)
 
@@ -168,7 +175,17 @@ def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _print_banner(console: Console, catalog: Catalog, url: str, *, is_open: bool) -> None:
+def memory_plan(config: EngineConfig) -> str:
+    """What was set aside at start, in words."""
+    parts = {
+        "keys and values": config.kv_cache_bytes,
+        "adapters, at most": config.adapter_bytes,
+        "samplers of recorded steps": config.sampler_bytes,
+    }
+    return ", ".join(f"{what} {num_bytes / 2**30:.2f} GiB" for what, num_bytes in parts.items() if num_bytes)
+
+
+def _print_banner(console: Console, catalog: Catalog, url: str, *, memory: str, is_open: bool) -> None:
     table = Table(box=None, show_header=False)
     table.add_row("model", catalog.model)
     for version in catalog.registry:
@@ -179,5 +196,6 @@ def _print_banner(console: Console, catalog: Catalog, url: str, *, is_open: bool
     table.add_row(
         "keys", "none: everything is allowed from this machine" if is_open else str(len(catalog.keys))
     )
+    table.add_row("memory", memory)
     table.add_row("ready", f"{url}/v1")
     console.print(table)

@@ -94,6 +94,7 @@ class ServerSettings(BaseModel):
     kv_cache_bytes: Annotated[int | None, Field(ge=1)] = None
     own_kv_bytes: Annotated[int | None, Field(ge=1)] = None
     adapter_bytes: Annotated[int | None, Field(ge=1)] = None
+    sampler_bytes: Annotated[int | None, Field(ge=1)] = None
     head: HeadUse = "auto"
     audit_log: Path | None = None
     limits: Limits = Limits()
@@ -102,7 +103,15 @@ class ServerSettings(BaseModel):
 
     @property
     def engine(self) -> EngineSettings:
-        names = ("max_model_len", "max_num_seqs", "kv_cache_bytes", "own_kv_bytes", "adapter_bytes", "head")
+        sizes = (
+            "max_model_len",
+            "max_num_seqs",
+            "kv_cache_bytes",
+            "own_kv_bytes",
+            "adapter_bytes",
+            "sampler_bytes",
+        )
+        names = (*sizes, "head")
         return EngineSettings(**{name: value for name in names if (value := getattr(self, name)) is not None})
 
     @model_validator(mode="after")

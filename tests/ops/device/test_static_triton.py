@@ -21,7 +21,16 @@ from test_sampler_triton import (
     protected,
     random_row,
 )
-from uld_kernels import SampleRow, SampleShape, StaticSampler, rules, sampler_reference, sampler_triton, trial
+from uld_kernels import (
+    LateRows,
+    SampleRow,
+    SampleShape,
+    StaticSampler,
+    rules,
+    sampler_reference,
+    sampler_triton,
+    trial,
+)
 from uld_kernels.sampler_triton import TritonSampler
 
 VOCAB_SIZE = 300
@@ -92,8 +101,8 @@ def test_a_broken_kernel_is_not_proven(
 ) -> None:
     real = TritonSampler.run
 
-    def broken(self: TritonSampler, logits_RV: torch.Tensor) -> None:
-        real(self, logits_RV.nan_to_num(0.0))
+    def broken(self: TritonSampler, logits_RV: torch.Tensor, late: LateRows | None) -> None:
+        real(self, logits_RV.nan_to_num(0.0), late)
 
     def few_rows(vocab_size: int) -> list[SampleRow]:
         return [SampleRow(0, temperature=0.0), SampleRow(0, (RELU,), temperature=0.0), SampleRow(3)]
