@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,9 @@ def test_base_profile_and_reference_are_measured_and_reported(
     assert forgetting["sections"]["forget"] != base["sections"]["forget"]
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"| {name} | forget | 4 |" in report
+    for picture in ("quality.png", "truth-ratios.png"):
+        assert f"]({picture})" in report
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
     for subject in ("base", name, "reference"):
         assert (tmp_path / "out" / subject / "eval_log.json").is_file()
 
@@ -115,6 +119,19 @@ def test_losses_are_the_engines_own(
         assert [*found, *forget["average_perturb_loss"][number]] == pytest.approx(losses, abs=1e-6)
     authors = log["real_authors"]
     assert authors["avg_paraphrased_loss"] == authors["avg_gt_loss"]
+
+
+def test_without_a_reference_or_matplotlib_the_report_says_what_there_is(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(command) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Without a reference there is no forget quality." in report
+    assert "quality.png" not in report
+    assert "truth-ratios.png" in report
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(command) == 0
+    assert ".png" not in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_log_of_the_reference_does_as_well_as_its_model(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLUMNS = (
@@ -26,7 +26,12 @@ probability 0; answers, extraction strength and exact memorization are of what i
 
 
 def markdown(
-    figures: Mapping[str, Mapping[str, Any]], *, split: str, variant: str, has_reference: bool
+    figures: Mapping[str, Mapping[str, Any]],
+    *,
+    split: str,
+    variant: str,
+    has_reference: bool,
+    pictures: Sequence[str],
 ) -> str:
     """`figures` by subject, the base first."""
     base = next(iter(figures.values()))
@@ -43,6 +48,7 @@ def markdown(
             *table,
             missing,
             MEANING,
+            *(f"\n![{name.removesuffix('.png')}]({name})" for name in pictures),
             "",
             "## By section",
             "",

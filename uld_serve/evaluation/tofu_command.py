@@ -16,8 +16,10 @@ from rich.progress import Progress
 from uld_serve.errors import DataError
 from uld_serve.evaluation.asker import Subject
 from uld_serve.evaluation.eval_log import EvalLog, read_log
+from uld_serve.evaluation.pictures import draw
 from uld_serve.evaluation.questions import Question, read_questions, section_files
 from uld_serve.evaluation.report import markdown
+from uld_serve.evaluation.tofu import Samples
 from uld_serve.evaluation.tofu_run import Part, measure, summary
 from uld_serve.evaluation.unfiltered import unfiltered_copy
 from uld_serve.llm import LLM
@@ -99,13 +101,27 @@ def run(args: argparse.Namespace) -> int:
         "subjects": figures,
     }
     (args.out / "summary.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    text = markdown(figures, split=args.split, variant=args.truth_ratio, has_reference=reference is not None)
+    pictures = draw(
+        args.out, figures, _forgotten(found, reference), split=args.split, variant=args.truth_ratio
+    )
+    text = markdown(
+        figures,
+        split=args.split,
+        variant=args.truth_ratio,
+        has_reference=reference is not None,
+        pictures=pictures,
+    )
     (args.out / "report.md").write_text(text, encoding="utf-8")
     console.print(text, markup=False, highlight=False)
     console.print(f"written: {args.out / 'report.md'}", highlight=False)
     if args.json:
         print(json.dumps(record))
     return 0
+
+
+def _forgotten(found: Mapping[str, Mapping[str, Part]], reference: EvalLog | None) -> dict[str, Samples]:
+    forgotten = {name: parts["forget"].measured.samples for name, parts in found.items()}
+    return forgotten if reference is None else {**forgotten, REFERENCE: reference.section("forget")}
 
 
 def _versions(args: argparse.Namespace) -> list[tuple[Path, ProfileVersion]]:
