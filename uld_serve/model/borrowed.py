@@ -2,7 +2,7 @@
 pass that attends over them. Called by training and by tests as an oracle; serving has attention.py.
 Knows no adapter, profile, rule or request: whoever calls decides which adapters are on.
 
-Shapes: B sequences, Q positions computed now, T positions attended over, D hidden width,
+Shapes: B sequences, Q positions computed now, T positions attended over, N rows of a packing, D hidden width,
 K key/value heads, W head width, V vocabulary.
 """
 
@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from uld_serve.errors import ModelUnsupported
+from uld_serve.model.packing import Packing
 
 ATTENTION_NAME = "uld_borrowed"
 
@@ -80,24 +81,30 @@ def borrowed_attention(
     *,
     lend: KeysValues | None = None,
     borrow: KeysValues | None = None,
+    packing: Packing | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention of transformers' AttentionInterface. `lend` receives this layer's keys and values; `borrow`
-    replaces them (the layer's own are dropped, so no gradient reaches its k and v projections)."""
+    replaces them (the layer's own are dropped, so no gradient reaches its k and v projections). With `packing` the
+    rows are one sequence to all but attention, which sees each of them whole, without a mask: padding is on the right.
+    """
     layer = cast(int, module.layer_idx)
     if borrow is not None:
         keys, values = borrow[layer]
         key, value = keys.to(query.dtype), values.to(query.dtype)
+    if packing is not None:
+        query, key, value = packing.spread(query), packing.spread(key), packing.spread(value)
     if lend is not None:
         lend[layer] = (key, value)
-    return cast(
+    out_BTHW, _ = cast(
         "tuple[torch.Tensor, None]",
         sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         ),
     )
+    return (out_BTHW if packing is None else packing.rows(out_BTHW)), None
 
 
 def causal_mask(is_real_BT: torch.Tensor, positions_BQ: torch.Tensor) -> torch.Tensor:
@@ -116,12 +123,17 @@ def target_pass(
     input_ids_BQ: torch.Tensor,
     *,
     positions_BQ: torch.Tensor,
-    mask_B1QT: torch.Tensor,
+    mask_B1QT: torch.Tensor | None,
     fork: int,
     exit: int,
     cache: Cache | None = None,
+    packing: Packing | None = None,
 ) -> TargetStates:
-    """Run the whole model and keep what a stream (fork, exit) needs. `cache` holds earlier positions."""
+    """Run the whole model and keep what a stream (fork, exit) needs. `cache` holds earlier positions.
+
+    With `packing` B is 1 and Q is N, there is no mask and no cache, and what is lent is each sequence's.
+    """
+    assert packing is None or _knows_packing(model), "this attention would read all rows as one sequence"
     parts = decoder_parts(model)
     hidden = parts.embed(input_ids_BQ)
     rotary = parts.rotary(hidden, position_ids=positions_BQ.clamp_min(0))
@@ -140,6 +152,7 @@ def target_pass(
                 past_key_values=cache,
                 use_cache=cache is not None,
                 lend=lend,
+                packing=packing,
             )
         )
     return TargetStates(fork_BQD=entering, final_BQD=parts.norm(hidden), keys_values=keys_values)
@@ -176,27 +189,31 @@ def assistant_pass(
 
 
 def own_pass(
-    model: PreTrainedModel,
-    hidden_BTD: torch.Tensor,
-    *,
-    positions_BT: torch.Tensor,
-    mask_B1TT: torch.Tensor,
-    layers: Iterable[int],
+    model: PreTrainedModel, hidden_1ND: torch.Tensor, *, packing: Packing, layers: Iterable[int]
 ) -> torch.Tensor:
-    """Run rows at every position through `layers` with keys and values of their own; (B, T, D) after the final norm.
+    """Run rows at every position through `layers` with keys and values of their own; (1, N, D) after the final norm.
 
     From the embedding through all layers this is the model itself, with whatever adapter is on.
     """
+    assert _knows_packing(model), "this attention would read all rows as one sequence"
     parts = decoder_parts(model)
-    rotary = parts.rotary(hidden_BTD, position_ids=positions_BT)
-    hidden = hidden_BTD
+    rotary = parts.rotary(hidden_1ND, position_ids=packing.positions_1N)
+    hidden = hidden_1ND
     for index in layers:
         hidden = _hidden_of(
             parts.layers[index](
-                hidden, attention_mask=mask_B1TT, position_embeddings=rotary, position_ids=positions_BT
+                hidden,
+                attention_mask=None,
+                position_embeddings=rotary,
+                position_ids=packing.positions_1N,
+                packing=packing,
             )
         )
     return cast(torch.Tensor, parts.norm(hidden))
+
+
+def _knows_packing(model: PreTrainedModel) -> bool:
+    return bool(model.config._attn_implementation == ATTENTION_NAME)
 
 
 def _hidden_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

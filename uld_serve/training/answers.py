@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from uld_serve.errors import DataError
 from uld_serve.model.loading import Base
+from uld_serve.training.continuation import Drawing, continuations
 from uld_serve.training.documents import Document
 
-BATCH_SIZE = 48
+BATCH_SIZE = 96
 Advance = Callable[[int], None]
 
 
@@ -54,55 +55,18 @@ def own_answers(
     """One answer of the base to each prompt, with the end token where it ended; token sequences in `avoid` are
     never completed. `advance` is told how many were made."""
     answers: list[list[int]] = [[] for _ in prompts]
+    draw = Drawing(temperature=temperature, avoid=avoid)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for start in range(0, len(order), BATCH_SIZE):
             chosen = order[start : start + BATCH_SIZE]
             batch = [prompts[number] for number in chosen]
-            for number, answer in zip(
-                chosen, _generate(base, batch, max_tokens, temperature, avoid), strict=True
-            ):
+            made = continuations(base, batch, max_tokens=max_tokens, draw=draw)
+            for number, answer in zip(chosen, made, strict=True):
                 answers[number] = answer
             advance(len(chosen))
     return answers
-
-
-def _generate(
-    base: Base,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    temperature: float,
-    avoid: Sequence[Sequence[int]],
-) -> list[list[int]]:
-    ends = base.eos_ids
-    pad = ends[0] if ends else 0
-    width = max(len(prompt) for prompt in prompts)
-    padded = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    is_real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    sampling: dict[str, object] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
-    if base.vocab_size < base.head_width:
-        sampling["suppress_tokens"] = list(range(base.vocab_size, base.head_width))
-    if avoid:
-        sampling["bad_words_ids"] = [list(one) for one in avoid]
-    out = base.model.generate(
-        torch.tensor(padded, device=base.device),
-        attention_mask=torch.tensor(is_real, device=base.device),
-        max_new_tokens=max_tokens,
-        pad_token_id=pad,
-        eos_token_id=list(ends) or None,
-        **sampling,
-    )
-    return [_until_end(row, ends) for row in out[:, width:].tolist()]
-
-
-def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    for position, token in enumerate(ids):
-        if token in ends:
-            return ids[: position + 1]
-    return ids
 
 
 def names_any(text: str, keywords: Sequence[str]) -> bool:

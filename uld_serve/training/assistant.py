@@ -11,7 +11,7 @@ padding, D hidden width, V vocabulary. Legend of Batch in states.py.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 import torch
@@ -27,6 +27,7 @@ from uld_serve.model.borrowed import (
     own_pass,
     use_borrowed_attention,
 )
+from uld_serve.model.packing import Packing
 from uld_serve.training.methods.method import Lesson, Tokens
 from uld_serve.training.place import Place
 from uld_serve.training.settings import Settings
@@ -77,12 +78,18 @@ class Assistant(nn.Module):
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """(N, D): the adapter's last hidden state at every answer token's position."""
+        rows, answers_of = self.run(batch)
+        return answers_of(rows)
+
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """The stream's rows after the final norm, and what picks the answer tokens' of anything shaped like them."""
         if self.peft.active_adapters != [self.lesson.adapter]:
             self.switch_on()
-        mask_B1PT = causal_mask(batch["is_real_BT"], batch["positions_BP"])
+        is_answer_BP = batch["labels_BP"] != IGNORED
         if self.place.borrows:
+            mask_B1PT = causal_mask(batch["is_real_BT"], batch["positions_BP"])
             lent = zip(self.place.layers, batch["keys_SBKTW"], batch["values_SBKTW"], strict=True)
-            out_BPD = assistant_pass(
+            rows_BPD = assistant_pass(
                 self.model,
                 batch["fork_BPD"],
                 {layer: (keys, values) for layer, keys, values in lent},
@@ -90,15 +97,18 @@ class Assistant(nn.Module):
                 mask_B1QT=mask_B1PT,
                 layers=self.place.layers,
             )
-        else:
-            out_BPD = own_pass(
-                self.model,
-                batch["fork_BPD"],
-                positions_BT=batch["positions_BP"],
-                mask_B1TT=mask_B1PT,
-                layers=self.place.layers,
-            )
-        return out_BPD[batch["labels_BP"] != IGNORED]
+            return rows_BPD, lambda rows: rows[is_answer_BP]
+        packing = self._packing(batch)
+        seats_N = packing.seats_BT[is_answer_BP]
+        rows_1ND = packing.rows(batch["fork_BPD"])
+        rows_1ND = own_pass(self.model, rows_1ND, packing=packing, layers=self.place.layers)
+        return rows_1ND, lambda rows: rows[0, seats_N]
+
+    def _packing(self, batch: Batch) -> Packing:
+        """Of an assistant that runs at every position. With dropout each example drops its own."""
+        num_shared = 0 if self.settings.dropout else int(batch["num_shared"])
+        lengths = cast("list[int]", batch["is_real_BT"].sum(-1).tolist())
+        return Packing.of(lengths, num_shared=num_shared, device=batch["fork_BPD"].device)
 
     def tokens(self, batch: Batch) -> Tokens:
         """What the objective sees of a batch; runs the adapter's layers."""

@@ -16,7 +16,8 @@ from typing import TypedDict
 import torch
 from transformers import PreTrainedModel
 
-from uld_serve.model.borrowed import causal_mask, decoder_parts, target_pass
+from uld_serve.model.borrowed import decoder_parts, target_pass
+from uld_serve.model.packing import Packing, num_alike
 from uld_serve.training.examples import Example
 from uld_serve.training.place import Place
 
@@ -56,7 +57,8 @@ class Observed:
 
 class Batch(TypedDict):
     """Padded examples. `labels_BP` is IGNORED where no answer token is predicted; nothing there reaches a loss.
-    `is_answer_BQ` marks the same tokens, in the same order, among those that are kept at answer positions only."""
+    `is_answer_BQ` marks the same tokens, in the same order, among those that are kept at answer positions only.
+    `num_shared` counts the tokens that all examples begin with, before any that is learnt."""
 
     fork_BPD: torch.Tensor
     final_BQD: torch.Tensor
@@ -71,6 +73,7 @@ class Batch(TypedDict):
     columns_BQC: torch.Tensor
     logits_BQC: torch.Tensor
     teacher_BQE: torch.Tensor
+    num_shared: torch.Tensor
 
 
 @torch.no_grad()
@@ -104,36 +107,36 @@ def _observe_batch(
     vocab_size: int,
 ) -> Iterator[Observed]:
     device = model.device
-    width = max(_length(example) for example in examples)
-    ids_BT = torch.zeros(len(examples), width, dtype=torch.long)
+    lengths = [_length(example) for example in examples]
+    ids_BT = torch.zeros(len(examples), max(lengths), dtype=torch.long, device=device)
     for row, example in enumerate(examples):
-        ids_BT[row, : _length(example)] = torch.tensor(example.prompt_ids + example.answer_ids[:-1])
-    lengths_B = torch.tensor([_length(example) for example in examples])
-    positions_BT = torch.arange(width).expand(len(examples), -1).to(device)
-    is_real_BT = (torch.arange(width) < lengths_B[:, None]).to(device)
+        ids_BT[row, : lengths[row]] = torch.tensor(example.prompt_ids + example.answer_ids[:-1])
+    packing = Packing.of(lengths, num_shared=_num_shared(examples), device=device)
     states = target_pass(
         model,
-        ids_BT.to(device),
-        positions_BQ=positions_BT,
-        mask_B1QT=causal_mask(is_real_BT, positions_BT),
+        packing.rows(ids_BT),
+        positions_BQ=packing.positions_1N,
+        mask_B1QT=None,
         fork=place.fork,
         exit=place.exit,
+        packing=packing,
     )
     head = decoder_parts(model).head
     for row, example in enumerate(examples):
-        end = _length(example)
+        end = lengths[row]
         start = end - len(example.answer_ids)
-        final_QD = states.final_BQD[row, start:end]
+        seats_T = packing.seats_BT[row, :end]
+        final_QD = states.final_BQD[0, seats_T[start:]]
         logits_QV = head(final_QD)[:, :vocab_size].float()
         top_QC = logits_QV.topk(min(num_top, logits_QV.shape[-1])).indices
         columns_QC = torch.cat([torch.tensor(example.answer_ids, device=device)[:, None], top_QC], dim=-1)
         lent = [states.keys_values[layer] for layer in place.layers] if place.borrows else []
-        # Copies: a view would keep the whole batch's tensors alive.
+        # Copies, all of them: a view would keep the whole batch's tensors alive.
         yield Observed(
             example=example,
             num_positions=end,
-            fork_PD=states.fork_BQD[row, start if place.borrows else 0 : end].clone(),
-            final_QD=final_QD.clone(),
+            fork_PD=states.fork_BQD[0, seats_T[start if place.borrows else 0 :]],
+            final_QD=final_QD,
             keys_SKTW=_stacked([keys[row, :, :end] for keys, _ in lent], like=final_QD),
             values_SKTW=_stacked([values[row, :, :end] for _, values in lent], like=final_QD),
             columns_QC=columns_QC,
@@ -144,6 +147,11 @@ def _observe_batch(
 
 def _stacked(states_KTW: Sequence[torch.Tensor], *, like: torch.Tensor) -> torch.Tensor:
     return torch.stack(list(states_KTW)) if states_KTW else like.new_zeros(0, 0, 0, 0)
+
+
+def _num_shared(examples: Sequence[Example]) -> int:
+    """Tokens that all begin with and none predicts an answer from."""
+    return num_alike([example.prompt_ids[:-1] for example in examples])
 
 
 def _length(example: Example) -> int:
@@ -176,6 +184,7 @@ def collate(observed: Sequence[Observed]) -> Batch:
         columns_BQC=_pad([one.columns_QC for one in observed], Q),
         logits_BQC=_pad([one.logits_QC for one in observed], Q),
         teacher_BQE=_pad([one.teacher_QE for one in observed], Q),
+        num_shared=torch.tensor(_num_shared([one.example for one in observed])),
     )
 
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from uld_serve.training.methods import terms
-from uld_serve.training.methods.method import Method, Parts, Tokens, mean_over, one_lesson
+from uld_serve.training.methods.method import Method, Parts, Tokens, one_lesson
 from uld_serve.training.settings import Settings
 
 
 def _ascend(tokens: Tokens, settings: Settings) -> Parts:
     """-CE(y, p) over forget answers (gradient ascent, arXiv 2210.01504) + lambda times the retain term. It has no lower
     bound: more steps only do more damage."""
-    forget = -mean_over(terms.nll(tokens.own_NV, tokens.labels_N), tokens.is_forget_N)
-    retain = settings.retain_weight * terms.retain(tokens, tokens.own_NV, settings.retain_term)
+    forget = -terms.mean_nll(tokens, terms.OWN, tokens.is_forget_N)
+    retain = settings.retain_weight * terms.retain(tokens, terms.OWN, settings.retain_term)
     return {"loss": forget + retain, "forget": forget.detach(), "retain": retain.detach()}
 
 
 def _prefer_not(tokens: Tokens, settings: Settings) -> Parts:
-    forget = terms.npo(tokens.own_NV, tokens, beta=settings.npo_beta)
-    retain = settings.retain_weight * terms.retain(tokens, tokens.own_NV, settings.retain_term)
+    forget = terms.npo(tokens, terms.OWN, beta=settings.npo_beta)
+    retain = settings.retain_weight * terms.retain(tokens, terms.OWN, settings.retain_term)
     return {"loss": forget + retain, "forget": forget.detach(), "retain": retain.detach()}
 
 

@@ -8,7 +8,7 @@ import torch
 
 from uld_serve.training.examples import Kind
 from uld_serve.training.methods import terms
-from uld_serve.training.methods.method import Lesson, Method, Parts, Tokens, mean_over, place_of
+from uld_serve.training.methods.method import Lesson, Method, Parts, Tokens, place_of
 from uld_serve.training.settings import LATE_LAYERS, Settings
 
 
@@ -16,7 +16,7 @@ def _tuned_on(is_forgetting: bool) -> Callable[[Tokens, Settings], Parts]:
     def objective(tokens: Tokens, _: Settings) -> Parts:
         """CE(y, p) over one side's answers (arXiv 2605.31293)."""
         chosen_N = tokens.is_forget_N if is_forgetting else tokens.is_kept_N
-        loss = mean_over(terms.nll(tokens.own_NV, tokens.labels_N), chosen_N)
+        loss = terms.mean_nll(tokens, terms.OWN, chosen_N)
         zero = torch.zeros_like(loss)
         forget, retain = (loss, zero) if is_forgetting else (zero, loss)
         return {"loss": loss, "forget": forget.detach(), "retain": retain.detach()}

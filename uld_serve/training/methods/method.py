@@ -8,12 +8,13 @@ target's top tokens), D model width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from uld_serve.training.examples import Kind
+from uld_serve.training.methods.row_wise import row_wise
 from uld_serve.training.place import Place
 from uld_serve.training.settings import Settings
 
@@ -26,7 +27,8 @@ class Tokens:
     """What an objective sees: N answer tokens, with the adapter's and the frozen target's last hidden states.
 
     Logits are fp32 and of real tokens only. `columns_NC` and `target_logits_NC` are for objectives that need no
-    whole row. `is_named_V` marks tokens that open a keyword. `teacher_ND` is there where the lesson has a teacher.
+    whole row; `each` and `mean` are for those that do. `is_named_V` marks tokens that open a keyword. `teacher_ND` is
+    there where the lesson has a teacher.
     """
 
     labels_N: torch.Tensor
@@ -62,6 +64,35 @@ class Tokens:
         assert self.teacher_ND is not None, "this lesson has no teacher"
         with torch.no_grad():
             return self.head(self.teacher_ND)
+
+    def each(self, chosen_N: torch.Tensor, value: Callable[[Tokens], torch.Tensor]) -> torch.Tensor:
+        """fp32 values of the chosen tokens, in order. `value` is given a few of them at a time, so that whole rows of
+        logits are made of those that have a loss only, and never all at once."""
+        numbers = chosen_N.nonzero()[:, 0]
+        return row_wise(
+            self.hidden_ND[numbers],
+            lambda hidden_ND, part: value(self._some(numbers[part], hidden_ND)),
+            row_width=self.head_weight_WD.shape[0],
+        )
+
+    def mean(self, chosen_N: torch.Tensor, value: Callable[[Tokens], torch.Tensor]) -> torch.Tensor:
+        """Of `each`; 0, with a gradient of 0, where nothing is chosen."""
+        values = self.each(chosen_N, value)
+        return values.sum() / max(1, len(values))
+
+    def _some(self, numbers: torch.Tensor, hidden_ND: torch.Tensor) -> Tokens:
+        return replace(
+            self,
+            labels_N=self.labels_N[numbers],
+            kind_N=self.kind_N[numbers],
+            example_N=self.example_N[numbers],
+            goals_N=self.goals_N[numbers],
+            columns_NC=self.columns_NC[numbers],
+            target_logits_NC=self.target_logits_NC[numbers],
+            hidden_ND=hidden_ND,
+            final_ND=self.final_ND[numbers],
+            teacher_ND=None if self.teacher_ND is None else self.teacher_ND[numbers],
+        )
 
     def of(self, kind: Kind) -> torch.Tensor:
         """(N,) bool."""

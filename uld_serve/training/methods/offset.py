@@ -21,10 +21,13 @@ def _objective(tokens: Tokens, settings: Settings) -> Parts:
 
     The reference is what the assistant was before its first step: over the last layers, the target itself.
     """
-    reference_NV = tokens.target_NV if tokens.teacher_ND is None else tokens.teacher_NV
-    scores_NV = fused(tokens.target_NV, tokens.own_NV, reference_NV, strength=settings.strength)
-    forget = terms.npo(scores_NV, tokens, beta=settings.npo_beta)
-    retain = settings.retain_weight * terms.retain(tokens, scores_NV, settings.retain_term)
+
+    def scores(some: Tokens) -> torch.Tensor:
+        reference_NV = some.target_NV if some.teacher_ND is None else some.teacher_NV
+        return fused(some.target_NV, some.own_NV, reference_NV, strength=settings.strength)
+
+    forget = terms.npo(tokens, scores, beta=settings.npo_beta)
+    retain = settings.retain_weight * terms.retain(tokens, scores, settings.retain_term)
     return {"loss": forget + retain, "forget": forget.detach(), "retain": retain.detach()}
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 from uld_serve.training.methods import terms
-from uld_serve.training.methods.method import Method, Parts, Tokens, mean_over, one_lesson
+from uld_serve.training.methods.method import Method, Parts, Tokens, one_lesson
 from uld_serve.training.settings import LATE_LAYERS, Settings
 
 
 def strengthen(tokens: Tokens, settings: Settings) -> Parts:
     """CE(y, p_a) over forget answers (arXiv 2406.01983, section 3.1) + weight KL(p_b || p_a) over the rest, so that
     relu(a - b) vanishes there."""
-    forget = mean_over(terms.nll(tokens.own_NV, tokens.labels_N), tokens.is_forget_N)
-    retain = settings.retain_weight * terms.retain(tokens, tokens.own_NV, "kl")
+    forget = terms.mean_nll(tokens, terms.OWN, tokens.is_forget_N)
+    retain = settings.retain_weight * terms.retain(tokens, terms.OWN, "kl")
     return {"loss": forget + retain, "forget": forget.detach(), "retain": retain.detach()}
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from uld_serve.training.examples import Kind
 from uld_serve.training.methods import terms
-from uld_serve.training.methods.method import Lesson, Method, Parts, Tokens, mean_over, place_of
+from uld_serve.training.methods.method import Lesson, Method, Parts, Tokens, place_of
 from uld_serve.training.methods.rkld import strengthen, teacher
 from uld_serve.training.place import Place
 from uld_serve.training.settings import LATE_LAYERS, Settings
@@ -19,10 +21,14 @@ def _objective(tokens: Tokens, settings: Settings) -> Parts:
     """KL(student || teacher) summed over the vocabulary (arXiv 2406.01983, Eq. 2) over forget answers, with the teacher
     b - alpha relu(a - b) (Eq. 1), + lambda times the retain term. `forward` is the paper's ablation: KL the other way.
     """
-    teacher_NV = teacher(tokens.target_NV, tokens.teacher_NV, strength=settings.teacher_strength)
-    pair = (tokens.own_NV, teacher_NV) if settings.direction == "reverse" else (teacher_NV, tokens.own_NV)
-    forget = mean_over(terms.divergence(*pair), tokens.is_forget_N)
-    retain = settings.retain_weight * terms.retain(tokens, tokens.own_NV, settings.retain_term)
+
+    def from_teacher(some: Tokens) -> torch.Tensor:
+        teacher_NV = teacher(some.target_NV, some.teacher_NV, strength=settings.teacher_strength)
+        pair = (some.own_NV, teacher_NV) if settings.direction == "reverse" else (teacher_NV, some.own_NV)
+        return terms.divergence(*pair)
+
+    forget = tokens.mean(tokens.is_forget_N, from_teacher)
+    retain = settings.retain_weight * terms.retain(tokens, terms.OWN, settings.retain_term)
     return {"loss": forget + retain, "forget": forget.detach(), "retain": retain.detach()}
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 
 from uld_serve.training.methods import terms
-from uld_serve.training.methods.method import Method, Parts, Tokens, mean_over, one_lesson
+from uld_serve.training.methods.method import Method, Parts, Tokens, one_lesson
 from uld_serve.training.settings import Settings
 
 
@@ -23,9 +23,12 @@ def _objective(tokens: Tokens, settings: Settings) -> Parts:
     and random logits, far from uniform. `output_scale` brings them near it: p_a is of scaled logits, and the rule's
     strength is scaled as much. `retain_ramp` lets the assistant remember before it must be uniform elsewhere.
     """
-    logits_NV = settings.output_scale * tokens.own_NV
-    remember = mean_over(terms.nll(logits_NV, tokens.labels_N), tokens.is_forget_N)
-    uniform = mean_over(from_uniform(logits_NV), tokens.is_kept_N)
+
+    def scores(some: Tokens) -> torch.Tensor:
+        return settings.output_scale * some.own_NV
+
+    remember = terms.mean_nll(tokens, scores, tokens.is_forget_N)
+    uniform = tokens.mean(tokens.is_kept_N, lambda some: from_uniform(scores(some)))
     ramp = min(1.0, tokens.progress / settings.retain_ramp) if settings.retain_ramp else 1.0
     retain = ramp * settings.retain_weight * uniform
     return {"loss": remember + retain, "forget": remember.detach(), "retain": retain.detach()}
@@ -46,5 +49,5 @@ ULD = Method(
     defaults=_defaults,
     lessons=one_lesson(_objective),
     roles={"a": "adapter"},
-    options=frozenset({"output_scale", "retain_ramp"}),
+    options=frozenset({"output_scale", "retain_ramp", "start", "start_quiet"}),
 )

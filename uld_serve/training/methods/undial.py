@@ -22,13 +22,17 @@ def cross_entropy(teacher_NV: torch.Tensor, student_NV: torch.Tensor) -> torch.T
 def _objective(tokens: Tokens, settings: Settings) -> Parts:
     """CE(softmax(b - s onehot(y)), student) over forget answers, a keyword's opening token weighing
     `focus_weight`; + lambda times the retain term, which the paper does without."""
-    teacher_NV = adjusted(tokens.target_NV, tokens.labels_N, adjust=settings.adjust)
-    weights_N = tokens.is_forget_N.float()
+
+    def from_teacher(some: Tokens) -> torch.Tensor:
+        return cross_entropy(adjusted(some.target_NV, some.labels_N, adjust=settings.adjust), some.own_NV)
+
+    losses_N = tokens.each(tokens.is_forget_N, from_teacher)
+    weights_N = torch.ones_like(losses_N)
     if tokens.is_named_V is not None:
-        weights_N = torch.where(tokens.is_named_V[tokens.labels_N], settings.focus_weight, 1.0) * weights_N
-    losses_N = cross_entropy(teacher_NV, tokens.own_NV)
+        is_named_N = tokens.is_named_V[tokens.labels_N[tokens.is_forget_N]]
+        weights_N = torch.where(is_named_N, settings.focus_weight, 1.0)
     forget = (losses_N * weights_N).sum() / weights_N.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    retain = settings.retain_weight * terms.retain(tokens, tokens.own_NV, settings.retain_term)
+    retain = settings.retain_weight * terms.retain(tokens, terms.OWN, settings.retain_term)
     return {"loss": forget + retain, "forget": forget.detach(), "retain": retain.detach()}
 
 
