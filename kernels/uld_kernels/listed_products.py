@@ -71,8 +71,19 @@ def _by_copies(
     for start in range(0, ids_C.shape[0], at_once):
         piece = slice(start, start + at_once)
         right_PD = right_WD.index_select(0, ids_C[piece]).float()
-        sums.append(right_PD.mul_(left_AD.index_select(0, index_C[piece])).sum(-1))
+        sums.append(_sums(right_PD.mul_(left_AD.index_select(0, index_C[piece]))))
     return torch.cat(sums)
+
+
+def _sums(values_PD: torch.Tensor) -> torch.Tensor:
+    """(P,), in place: the second half of the columns is added to the first until one is left. torch's own sum of rows
+    on a device takes threads, and with them the order, by how many rows there are."""
+    count = values_PD.shape[1]
+    while count > 1:
+        half = -(-count // 2)
+        values_PD[:, : count - half].add_(values_PD[:, half:count])
+        count = half
+    return values_PD[:, 0]
 
 
 def _say_it_is_beta() -> None:

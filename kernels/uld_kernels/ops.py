@@ -139,6 +139,8 @@ def _check(
     num_rows = num_logit_rows + (0 if late is None else late.hidden_AD.shape[0])
     if not 0 < vocab_size <= width:
         raise ValueError(f"vocab_size {vocab_size} does not fit logits of width {width}")
+    if late is not None:
+        late.check(vocab_size)
     for row in rows:
         used = [row.row_b, *(index for term in row.terms for index in (term.row_a, term.row_q, term.row_p))]
         if max(used) >= num_rows:

@@ -160,6 +160,13 @@ class LateRows:
     weight_WD: torch.Tensor
     bias_W: torch.Tensor | None = None
 
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError for a head that lacks a token: its products would read what lies behind it."""
+        parts = [self.weight_WD] if self.bias_W is None else [self.weight_WD, self.bias_W]
+        if min(part.shape[0] for part in parts) < vocab_size:
+            sizes = [tuple(part.shape) for part in parts]
+            raise ValueError(f"late rows of {vocab_size} tokens, a head (and bias) of {sizes}")
+
     def scores(self, index: int, ids_K: torch.Tensor) -> torch.Tensor:
         """fp32 logits of row `index` on some tokens: scores_each of one row."""
         return self.scores_each(torch.full_like(ids_K, index), ids_K)

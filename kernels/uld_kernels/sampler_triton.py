@@ -195,10 +195,11 @@ class TritonSampler:
             raise ValueError(f"{self.shape} and {'no ' if late is None else ''}late rows do not go together")
         if late is None:
             return
-        needed = self._tables.num_late_rows, self.vocab_size
-        if late.hidden_AD.shape[0] < needed[0] or late.weight_WD.shape[0] < needed[1]:
-            given = late.hidden_AD.shape[0], late.weight_WD.shape[0]
-            raise ValueError(f"the rows read {needed} late logits, got rows and head of {given}")
+        late.check(self.vocab_size)
+        if late.hidden_AD.shape[0] < self._tables.num_late_rows:
+            raise ValueError(
+                f"the rows read {self._tables.num_late_rows} late rows, got {late.hidden_AD.shape[0]}"
+            )
 
     def _score_late(
         self, row: tuple[object, ...], listing: tuple[object, ...], sizes: dict[str, int], late: LateRows

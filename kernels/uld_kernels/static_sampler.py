@@ -87,6 +87,8 @@ class StaticSampler:
         """
         if (late is None) != (self.shape.first_late is None):
             raise ValueError(f"{self.shape} and {'no ' if late is None else ''}late rows do not go together")
+        if late is not None:
+            late.check(self.vocab_size)
         if self._triton is not None:
             if logits_RV.dtype != self._dtype:
                 raise ValueError(f"this sampler was made for {self._dtype} logits, got {logits_RV.dtype}")

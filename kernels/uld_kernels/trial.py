@@ -14,6 +14,7 @@ from typing import Final
 import torch
 
 from uld_kernels import rules, sampler_reference
+from uld_kernels.late import late_list_of
 from uld_kernels.rows import LateRows, SampleOutput, SampleRow, Term
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,9 @@ _NUM_LOGITS: Final = 5
 _SPOILED: Final = 3
 # Late rows of the trial follow the logits: one near the target, one that hushes its best tokens far down, one spoiled.
 _NEAR, _FAR, _SPOILED_LATE = range(_NUM_LOGITS, _NUM_LOGITS + 3)
-_WIDTH: Final = 72
+# A whole block of late_triton's columns and a rest, and a multiple of 16 as widths of models are: Triton compiles
+# other code for strides that are none.
+_WIDTH: Final = 272
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,8 @@ def verdict(device: torch.device, vocab_size: int, dtype: torch.dtype) -> Verdic
 
     Must not be called for the first time while a CUDA graph is being recorded.
     """
-    rows = trial_rows(vocab_size)
-    return _verdict(device, vocab_size, dtype, rows, None, "torch samples instead")
+    batches = {False: trial_rows(vocab_size)}
+    return _verdict(device, vocab_size, dtype, batches, None, "torch samples instead")
 
 
 @lru_cache(maxsize=64)
@@ -50,20 +53,29 @@ def late_verdict(
 ) -> Verdict:
     """The same of rows whose assistants are late, rows of a head of `head_dtype`, among rows whose are not."""
     rows = late_trial_rows(vocab_size)
-    return _verdict(device, vocab_size, dtype, rows, head_dtype, "late rows are computed whole instead")
+    # Rows that no list serves turn the logits of their batch into fp32: the others are tried by themselves too. That is
+    # about types alone, so rows without penalties and truncations do.
+    on_lists = [row for row in rows if row.temperature != 1.0 and _late_list(row, vocab_size) is not None]
+    batches = {False: rows, True: on_lists}
+    return _verdict(device, vocab_size, dtype, batches, head_dtype, "late rows are computed whole instead")
 
 
 def _verdict(
     device: torch.device,
     vocab_size: int,
     dtype: torch.dtype,
-    rows: list[SampleRow],
+    batches: dict[bool, list[SampleRow]],
     head_dtype: torch.dtype | None,
     instead: str,
 ) -> Verdict:
+    """`batches` by whether the head has a bias."""
     kind = "the Triton sampler" if head_dtype is None else "the Triton sampler of late rows"
     try:
-        reason = _difference(device, vocab_size, dtype, rows, head_dtype)
+        tried = (
+            _difference(device, vocab_size, dtype, rows, head_dtype, has_bias=has_bias)
+            for has_bias, rows in batches.items()
+        )
+        reason = next(filter(None, tried), "")
     except Exception:
         logger.warning("%s does not run on %s; %s", kind, device, instead, exc_info=True)
         return Verdict(False, "it does not run")
@@ -161,6 +173,8 @@ def _difference(
     dtype: torch.dtype,
     rows: list[SampleRow],
     head_dtype: torch.dtype | None,
+    *,
+    has_bias: bool,
 ) -> str:
     """What differs between the two samplers; nothing if they agree."""
     from uld_kernels import sampler_triton
@@ -169,7 +183,7 @@ def _difference(
     logits_RV = torch.randn(_NUM_LOGITS, vocab_size, generator=generator) * 3
     late = None
     if head_dtype is not None:
-        late = _late_rows(logits_RV, vocab_size, generator, head_dtype)
+        late = _late_rows(logits_RV, vocab_size, generator, head_dtype, has_bias=has_bias)
     logits_RV = logits_RV.to(dtype)
     logits_RV[_SPOILED, logits_RV[0].argmax()] = nan
     ids = torch.tensor(sorted({0, vocab_size - 1}))
@@ -178,11 +192,12 @@ def _difference(
         rows,
         vocab_size=vocab_size,
         protected_ids=ids.to(device),
-        late=None if late is None else LateRows(late.hidden_AD.to(device), late.weight_WD.to(device)),
+        late=None if late is None else _moved(late, device),
     )
     whole_RV = logits_RV.double()
     if late is not None:
-        whole_RV = torch.cat([whole_RV, late.hidden_AD.double() @ late.weight_WD.double().T])
+        late_RV = late.hidden_AD.double() @ late.weight_WD.double().T
+        whole_RV = torch.cat([whole_RV, late_RV if late.bias_W is None else late_RV + late.bias_W])
     exact, rounded = (
         sampler_reference.sample(numbers, rows, vocab_size=vocab_size, protected_ids=ids)
         for numbers in (whole_RV, whole_RV.float())
@@ -192,8 +207,22 @@ def _difference(
     return _first_difference(ours, exact, is_clear_B)
 
 
+def _late_list(row: SampleRow, vocab_size: int) -> int | None:
+    return late_list_of(row.distinct_terms, first_late=_NUM_LOGITS, vocab_size=vocab_size)
+
+
+def _moved(late: LateRows, device: torch.device) -> LateRows:
+    bias_W = None if late.bias_W is None else late.bias_W.to(device)
+    return LateRows(late.hidden_AD.to(device), late.weight_WD.to(device), bias_W)
+
+
 def _late_rows(
-    logits_RV: torch.Tensor, vocab_size: int, generator: torch.Generator, head_dtype: torch.dtype
+    logits_RV: torch.Tensor,
+    vocab_size: int,
+    generator: torch.Generator,
+    head_dtype: torch.dtype,
+    *,
+    has_bias: bool,
 ) -> LateRows:
     """Makes the first row of the logits one of the same head."""
     weight_VD = torch.randn(vocab_size, _WIDTH, generator=generator).to(head_dtype)
@@ -201,7 +230,11 @@ def _late_rows(
     near_D = hidden_D + 0.2 * torch.randn(_WIDTH, generator=generator) / _WIDTH**0.5
     hidden_AD = torch.stack([near_D, 1.5 * hidden_D, torch.full_like(hidden_D, nan)]).to(head_dtype)
     logits_RV[0] = weight_VD.float() @ hidden_D
-    return LateRows(hidden_AD, weight_VD)
+    if not has_bias:
+        return LateRows(hidden_AD, weight_VD)
+    bias_V = torch.randn(vocab_size, generator=generator)
+    logits_RV[0] += bias_V
+    return LateRows(hidden_AD, weight_VD, bias_V)
 
 
 def _first_difference(ours: SampleOutput, exact: SampleOutput, is_clear_B: torch.Tensor) -> str:

@@ -91,6 +91,17 @@ def test_the_command_tells_utility_and_forget_quality(
     assert records["arithmetic"]["model_utility"] != geometric["model_utility"]
 
 
+def test_a_reference_of_another_forget_set_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = whole(2)
+    for values in other["forget"].values():
+        values.pop()
+    log, reference = write(tmp_path / "a.json", whole(1)), write(tmp_path / "b.json", other)
+    assert main(["eval", "tofu-logs", str(log), "--reference", str(reference)]) == 2
+    assert f"{COUNTS['forget'] - 1} forget samples" in capsys.readouterr().err
+
+
 def test_without_a_reference_there_is_no_forget_quality(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_base import Tiny, write_base
+from tiny_base import CHAT_TEMPLATE, Tiny, byte_tokenizer, write_base
 
 from uld_serve.cli import main
 from uld_serve.errors import DataError
@@ -145,6 +145,18 @@ def test_a_log_of_the_reference_does_as_well_as_its_model(
     assert json.loads(capsys.readouterr().out)["subjects"]["base"]["forget_quality"] == by_model
 
 
+def test_a_log_of_another_forget_set_is_refused_before_anybody_is_asked(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
+    log = tmp_path / "out" / "base" / "eval_log.json"
+    asked = count_asked(monkeypatch)
+    others = [*command, "--limit", "2", "--reference", str(log), "--out", str(tmp_path / "others")]
+    assert main(others) == 2
+    assert "4 forget samples where 2 are compared" in capsys.readouterr().err
+    assert asked == []
+
+
 def test_an_interrupted_run_asks_only_what_is_missing(
     tiny: Tiny, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +175,50 @@ def test_an_interrupted_run_asks_only_what_is_missing(
     # Longer answers are another question.
     assert main([*command, "--max-tokens", "7"]) == 0
     assert len(asked) == 6
+
+
+def count_asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The subject of every section that is asked."""
+    asked: list[str] = []
+    ask = tofu_run.ask
+    monkeypatch.setattr(
+        tofu_run, "ask", lambda *args, **more: (asked.append(args[1].name), ask(*args, **more))[1]
+    )
+    return asked
+
+
+def test_another_chat_template_or_tokenizer_is_another_question(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights alone do not say what a model is asked."""
+    folder = write_base(tmp_path / "model")
+    again = [*command, "--model", str(folder)]
+    asked = count_asked(monkeypatch)
+    assert main(again) == 0
+    assert len(asked) == 4
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant", "answer")
+    tokenizer.save_pretrained(folder)
+    assert main(again) == 0
+    assert len(asked) == 8
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "owl"]})
+    tokenizer.save_pretrained(folder)
+    assert main(again) == 0
+    assert len(asked) == 12
+    assert main(again) == 0
+    assert len(asked) == 12
+
+
+def test_profiles_named_in_another_order_or_without_others_are_not_asked_again(
+    tiny: Tiny, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = fused_profile(tiny)
+    other = next(name for name in tiny.profiles if name != fused)
+    asked = count_asked(monkeypatch)
+    assert main([*command, "--profile", other, "--profile", fused]) == 0
+    assert len(asked) == 12
+    assert main([*command, "--profile", fused]) == 0
+    assert len(asked) == 12
 
 
 def test_limit_takes_the_first_questions_of_each_section(

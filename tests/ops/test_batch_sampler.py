@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from uld_kernels import LateRows, SampleOutput, SampleRow, Term, fused_sample, rules
+from uld_kernels import LateRows, SampleOutput, SampleRow, Term, fused_sample, listed_products, rules
 from uld_kernels.batch_sampler import Batch, sample_batch
 from uld_kernels.columns import Columns
 from uld_kernels.logit_groups import Found, containing_largest
@@ -176,6 +176,21 @@ def test_a_late_score_has_the_same_bits_whatever_else_is_scored(dim: int) -> Non
             part = slice(start, start + size)
             assert torch.equal(late.scores_each(index[part], ids[part]), together[part])
     exact = (weight.double()[ids] * late.hidden_AD.double()[index]).sum(-1)
+    torch.testing.assert_close(together.double(), exact, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dim", [1, 3, 24, 576, 2049])
+def test_sums_of_copies_have_the_same_bits_whatever_else_is_summed(dim: int, device: str) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    left, right = (torch.randn(count, dim, generator=generator).to(device) for count in (5, 300))
+    index, ids = (torch.randint(0, most, (1100,), generator=generator).to(device) for most in (5, 300))
+    together = listed_products._by_copies(left, index, right, ids)
+    for size in (1, 2, 7, 64, 600):
+        for part in (slice(start, start + size) for start in (0, 3, 500)):
+            alone = listed_products._by_copies(left, index[part], right, ids[part])
+            assert torch.equal(alone, together[part])
+    exact = (right.double()[ids] * left.double()[index]).sum(-1)
     torch.testing.assert_close(together.double(), exact, atol=1e-3, rtol=1e-5)
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from uld_kernels import LateRows, SampleRow, Term, fused_sample, fused_score, rules
+from uld_kernels import (
+    LateRows,
+    SampleRow,
+    SampleShape,
+    StaticSampler,
+    Term,
+    fused_sample,
+    fused_score,
+    rules,
+)
 
 VOCAB, WIDTH, DIM = 700, 704, 24
 CODES = {"subtract": rules.SUBTRACT, "relu_difference": rules.RELU_DIFFERENCE}
@@ -79,3 +88,27 @@ def test_a_target_cannot_be_late_and_a_nan_assistant_ends_its_row_alone() -> Non
         logits, rows, vocab_size=VOCAB, protected_ids=torch.tensor([], dtype=torch.int64), late=late
     )
     assert out.status_B.tolist() == [rules.OK, rules.NUMERICAL, rules.OK, rules.OK]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows_of", ["head", "bias"])
+def test_a_head_that_lacks_tokens_is_refused_before_anything_behind_it_is_read(
+    dtype: torch.dtype, rows_of: str
+) -> None:
+    """A sparse product reads past the end of a matrix without a word."""
+    logits, late = streams(0)
+    weight = late.weight_WD.to(dtype)
+    short = LateRows(late.hidden_AD, weight, torch.zeros(200))
+    if rows_of == "head":
+        short = LateRows(late.hidden_AD, weight[:200])
+    rows = [SampleRow(row_b=0, terms=(term("relu_difference", "fused", 4),), temperature=0.0)]
+    ids = torch.tensor([], dtype=torch.int64)
+    with pytest.raises(ValueError, match="late rows of 700 tokens"):
+        fused_sample(logits, rows, vocab_size=VOCAB, protected_ids=ids, late=short)
+    with pytest.raises(ValueError, match="late rows of 700 tokens"):
+        fused_score(logits, rows, torch.tensor([1]), vocab_size=VOCAB, protected_ids=ids, late=short)
+    shape = SampleShape.of(rows, num_rows=1, first_late=4)
+    static = StaticSampler(shape, vocab_size=VOCAB, protected_ids=ids, device=torch.device("cpu"))
+    static.fill(rows)
+    with pytest.raises(ValueError, match="late rows of 700 tokens"):
+        static.run(logits, short)

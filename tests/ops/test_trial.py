@@ -133,3 +133,36 @@ def test_the_trial_of_late_rows_has_all_their_ways() -> None:
     ways = {late_list_of(row.distinct_terms, first_late=5, vocab_size=VOCAB_SIZE) for row in rows}
     assert ways == {None, NOT_LATE, LATE_BY_TARGET, LATE_BY_SCORE}
     assert any(term.protect for row in rows for term in row.terms)
+
+
+def test_late_rows_are_tried_in_every_form_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled anew for another type of logits, a bias, and strides that 16 divides or does not; a head
+    wider than a block of columns takes a loop that others do not."""
+    from uld_kernels.late_triton import BLOCK_D
+
+    tried: list[tuple[bool, LateRows]] = []
+
+    def sample(
+        logits_RV: torch.Tensor, rows: Sequence[SampleRow], *, late: LateRows, **options: Any
+    ) -> SampleOutput:
+        # What no list serves turns its batch's logits into fp32.
+        ways = {late_list_of(row.distinct_terms, first_late=5, vocab_size=VOCAB_SIZE) for row in rows}
+        tried.append((None not in ways and LATE_BY_SCORE in ways and LATE_BY_TARGET in ways, late))
+        return sampler_reference.sample(logits_RV.float(), rows, late=late, **options)
+
+    monkeypatch.setattr("uld_kernels.sampler_triton.sample", sample)
+    assert trial.late_verdict(CPU, VOCAB_SIZE, torch.bfloat16, torch.bfloat16).is_proven
+    assert {is_on_lists for is_on_lists, _ in tried} == {True, False}
+    assert {late.bias_W is None for _, late in tried} == {True, False}
+    assert all(late.hidden_AD.shape[1] % 16 == 0 and late.hidden_AD.shape[1] > BLOCK_D for _, late in tried)
+
+
+def test_a_fault_in_the_second_batch_of_late_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample(
+        logits_RV: torch.Tensor, rows: Sequence[SampleRow], *, late: LateRows, **options: Any
+    ) -> SampleOutput:
+        without = LateRows(late.hidden_AD, late.weight_WD)
+        return sampler_reference.sample(logits_RV.float(), rows, late=without, **options)
+
+    monkeypatch.setattr("uld_kernels.sampler_triton.sample", sample)
+    assert not trial.late_verdict(CPU, VOCAB_SIZE, torch.float32, torch.bfloat16).is_proven

@@ -20,9 +20,11 @@ from uld_serve.evaluation.pictures import draw
 from uld_serve.evaluation.questions import Question, read_questions, section_files
 from uld_serve.evaluation.report import markdown
 from uld_serve.evaluation.tofu import Samples
+from uld_serve.evaluation.tofu_report import forget_samples
 from uld_serve.evaluation.tofu_run import Part, measure, summary
 from uld_serve.evaluation.unfiltered import unfiltered_copy
 from uld_serve.llm import LLM
+from uld_serve.model.loading import Base
 from uld_serve.profiles.profile import ProfileVersion
 from uld_serve.profiles.registry import BUILTIN, profile_directories
 from uld_serve.profiles.store import read_profile
@@ -141,6 +143,12 @@ def _versions(args: argparse.Namespace) -> list[tuple[Path, ProfileVersion]]:
     return [there[name] for name in args.profile]
 
 
+def _identity(base: Base) -> str:
+    """All of a base that decides what is measured: weights, their dtype here, and how texts become tokens and end."""
+    template = base.tokenizer.chat_template
+    return f"{base.fingerprint} {base.tokenizer_hash} {base.eos_ids} {base.dtype} {template!r}"
+
+
 @dataclass(frozen=True)
 class _Runner:
     args: argparse.Namespace
@@ -153,7 +161,7 @@ class _Runner:
         return measure(
             llm,
             subject,
-            f"{llm.base.fingerprint} {llm.base.dtype} {digest}",
+            f"{_identity(llm.base)} {digest}",
             self.sections,
             folder=self.args.out / subject.name,
             max_tokens=self.args.max_tokens,
@@ -161,13 +169,16 @@ class _Runner:
         )
 
     def reference(self) -> EvalLog | None:
-        """Of a log, or of a model that is asked the forget questions alone."""
+        """Of a log, or of a model that is asked the forget questions alone. Raises DataError for a log of others,
+        before anybody is asked."""
         named = self.args.reference
         if named is None:
             return None
         path = Path(named)
         if path.suffix == ".json" or (path / "eval_log_forget.json").is_file():
-            return read_log(path)
+            log = read_log(path)
+            forget_samples(log, len(self.sections["forget"]))
+            return log
         llm = LLM(named, profiles=[], dtype=self.args.dtype, device=self.args.device)
         forget = {"forget": self.sections["forget"]}
         parts = _Runner(self.args, forget, self.progress).subject(llm, Subject(REFERENCE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from uld_serve.errors import DataError
 from uld_serve.evaluation import tofu
 from uld_serve.evaluation.eval_log import SECTIONS, EvalLog
 
@@ -31,6 +32,18 @@ class Section:
         )
 
 
+def forget_samples(reference: EvalLog, count: int) -> tofu.Samples:
+    """Of a reference for `count` questions. Raises DataError for another number: forget quality compares two models on
+    one forget set, and between two sets p tells of the questions."""
+    samples = reference.section("forget")
+    if len(samples.loss_N) != count:
+        raise DataError(
+            f"{reference.name} has {len(samples.loss_N)} forget samples where {count} are compared with it; take a "
+            "reference's log of the same questions"
+        )
+    return samples
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TofuReport:
     variant: tofu.TruthRatio
@@ -41,7 +54,7 @@ class TofuReport:
 
     @classmethod
     def of(cls, log: EvalLog, reference: EvalLog | None, *, variant: tofu.TruthRatio) -> TofuReport:
-        """Raises DataError where a log lacks a section that is needed."""
+        """Raises DataError where a log lacks a section that is needed, or the reference is of other questions."""
         samples = {name: log.section(name) for name in SECTIONS}
         kept = {name: samples[name] for name in SECTIONS if name != "forget"}
         return cls(
@@ -49,7 +62,9 @@ class TofuReport:
             model_utility=tofu.model_utility(**kept, variant=variant),
             forget_quality=None
             if reference is None
-            else tofu.forget_quality(samples["forget"], reference.section("forget"), variant),
+            else tofu.forget_quality(
+                samples["forget"], forget_samples(reference, len(samples["forget"].loss_N)), variant
+            ),
             sections={name: Section.of(name, samples[name], variant) for name in SECTIONS},
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
 
@@ -42,11 +42,11 @@ def measure(
     max_tokens: int,
     advance: Callable[[int], None],
 ) -> dict[str, Part]:
-    """Every section of a subject; `version` tells its weights and profile from others. Writes the folder."""
+    """Every section of a subject; `version` tells its weights, tokens and profile from others. Writes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Part] = {}
     for name, questions in sections.items():
-        key = _key(FORM, version, asdict(subject), digest(questions), max_tokens)
+        key = _key(FORM, version, _who(subject), digest(questions), max_tokens)
         kept = _kept(folder / f"{name}.json", key)
         if kept is None:
             measured = ask(model, subject, questions, max_tokens=max_tokens, advance=advance)
@@ -76,6 +76,11 @@ def summary(
 
 def _mean(values: Sequence[float]) -> float:
     return fsum(values) / len(values)
+
+
+def _who(subject: Subject) -> tuple[str | None, bool]:
+    """What a copy without a filter is called hangs on the profiles beside it, and what it says does not."""
+    return subject.profile, subject.unfiltered == subject.profile
 
 
 def _key(*parts: object) -> str:

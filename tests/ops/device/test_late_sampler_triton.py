@@ -282,10 +282,14 @@ def test_what_a_run_would_read_out_of_bounds_is_refused() -> None:
     sampler.fill(rows)
     with pytest.raises(ValueError, match="no late rows"):
         sampler.run(logits_RV)
-    with pytest.raises(ValueError, match="late logits"):
+    with pytest.raises(ValueError, match="read 2 late rows"):
         sampler.run(logits_RV, replace(late, hidden_AD=late.hidden_AD[: FAR - NUM_WHOLE]))
-    with pytest.raises(ValueError, match="late logits"):
-        sampler.run(logits_RV, replace(late, weight_WD=late.weight_WD[:128]))
+    for smaller in (
+        replace(late, weight_WD=late.weight_WD[:128]),
+        replace(late, bias_W=torch.zeros(128, device=DEVICE)),
+    ):
+        with pytest.raises(ValueError, match="late rows of 129 tokens"):
+            sampler.run(logits_RV, smaller)
     with pytest.raises(ValueError, match="whole vocabulary"):
         sampler.fill([SampleRow(0, UNLISTED[0])])
     with pytest.raises(ValueError, match="a target needs all"):
@@ -307,7 +311,10 @@ def test_the_ways_of_late_rows() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
-def test_the_trial_of_late_rows_is_passed(head_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "head_dtype"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+)
+def test_the_trial_of_late_rows_is_passed(dtype: torch.dtype, head_dtype: torch.dtype) -> None:
     trial.late_verdict.cache_clear()
-    assert trial.late_verdict(torch.device(DEVICE), 1271, torch.float32, head_dtype).is_proven
+    assert trial.late_verdict(torch.device(DEVICE), 1271, dtype, head_dtype).is_proven
