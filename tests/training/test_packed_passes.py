@@ -10,6 +10,7 @@ import torch
 from tiny_base import NUM_LAYERS, Tiny
 from tiny_run import example, fresh_assistant, observed, settings_of, shake
 
+from uld_serve.model.borrowed import causal_mask, grouped_attention
 from uld_serve.model.packing import Packing, num_alike
 from uld_serve.training.assistant import Assistant
 from uld_serve.training.examples import Example, Kind
@@ -107,3 +108,24 @@ def test_with_dropout_nothing_is_shared(tiny: Tiny, monkeypatch: pytest.MonkeyPa
     assistant(**batch)
     assert int(batch["num_shared"]) == len(BEGINNING)
     assert shared == [0]
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_attention_that_learns_is_torchs_attention_with_its_gradient(is_masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 6, 5, 4), (2, 2, 5, 4), (2, 2, 5, 4))
+    inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    is_real_BT = torch.arange(5) < torch.tensor([[5], [3]])
+    mask = causal_mask(is_real_BT, torch.arange(5).expand(2, -1)) if is_masked else None
+    slope = torch.randn(2, 5, 6, 4, generator=generator)
+
+    def outcome(out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (out, *torch.autograd.grad((out * slope).sum(), inputs))
+
+    query, *lent = inputs
+    whole = [one.repeat_interleave(3, dim=1) for one in lent]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, *whole, attn_mask=mask, is_causal=not is_masked, scale=0.3
+    )
+    found = grouped_attention(query, *lent, mask, scaling=0.3)
+    torch.testing.assert_close(outcome(found), outcome(expected.transpose(1, 2)))

@@ -75,8 +75,10 @@ def test_each_option_reaches_its_field_and_no_other(tiny: Tiny, field: str) -> N
     }.get(field, other)
     has_keywords = field in ("detour_weight", "focus_weight")  # without them there is nothing to weigh
     method = owner(field)
-    found = settings(tiny, f"--{field.replace('_', '-')}", value, method=method, has_keywords=has_keywords)
-    usual = settings(tiny, method=method, has_keywords=has_keywords)
+    needed = ("--start", "solved") if field == "start_quiet" else ()
+    given = (*needed, f"--{field.replace('_', '-')}", value)
+    found = settings(tiny, *given, method=method, has_keywords=has_keywords)
+    usual = settings(tiny, *needed, method=method, has_keywords=has_keywords)
     typed = options.SETTINGS[field][0](value)
     assert getattr(usual, field) != typed
     assert found == replace(usual, **{field: typed})
@@ -97,6 +99,8 @@ def test_a_weight_with_nothing_to_weigh_is_refused(tiny: Tiny) -> None:
         ("ga", ("--retain-weight", "2", "--retain-term", "none"), "--retain-weight weighs nothing"),
         ("undial", ("--preset", "undial-official", "--retain-weight", "2"), "--retain-weight weighs nothing"),
         ("undial", ("--focus-weight", "2"), "--focus-weight needs .* --keywords"),
+        ("uld", ("--start-quiet", "3"), "--start-quiet is of the start that is solved for"),
+        ("uld", ("--start", "solved", "--modules", "qv"), "--modules qv leaves out"),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(

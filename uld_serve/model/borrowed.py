@@ -98,13 +98,40 @@ def borrowed_attention(
         query, key, value = packing.spread(query), packing.spread(key), packing.spread(value)
     if lend is not None:
         lend[layer] = (key, value)
-    out_BTHW, _ = cast(
-        "tuple[torch.Tensor, None]",
-        sdpa_attention_forward(
+    if _learns_on_cpu(query) and not dropout:
+        out_BTHW = grouped_attention(query, key, value, attention_mask, scaling=scaling)
+    else:
+        out_BTHW, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        ),
-    )
+        )
     return (out_BTHW if packing is None else packing.rows(out_BTHW)), None
+
+
+def _learns_on_cpu(query: torch.Tensor) -> bool:
+    """There the gradient of torch's fused attention takes four times as long in bfloat16: 63 ms a layer for 12 examples
+    of 111 tokens, 16 ms by products of matrices (one thread of AMD EPYC, AVX-512 BF16)."""
+    return query.requires_grad and query.device.type == "cpu"
+
+
+def grouped_attention(
+    query_BHQW: torch.Tensor,
+    key_BKTW: torch.Tensor,
+    value_BKTW: torch.Tensor,
+    mask_B1QT: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """(B, Q, H, W): attention by products of matrices, the H query heads of a key/value head side by side. Without a
+    mask position q sees the first q + 1."""
+    B, H, Q, W = query_BHQW.shape
+    K, T = key_BKTW.shape[1:3]
+    query = (query_BHQW * (W**-0.5 if scaling is None else scaling)).reshape(B, K, H // K * Q, W)
+    scores = (query @ key_BKTW.transpose(-1, -2)).view(B, K, H // K, Q, T)
+    visible = torch.ones(Q, T, dtype=torch.bool, device=scores.device).tril()
+    if mask_B1QT is not None:
+        visible = mask_B1QT[:, :, None]
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).view(B, K, H // K * Q, T)
+    return (weights @ value_BKTW).view(B, H, Q, W).transpose(1, 2)
 
 
 def causal_mask(is_real_BT: torch.Tensor, positions_BQ: torch.Tensor) -> torch.Tensor:

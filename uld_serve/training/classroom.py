@@ -26,6 +26,7 @@ from uld_serve.training.place import Place
 from uld_serve.training.preparation import Prepared
 from uld_serve.training.settings import Settings
 from uld_serve.training.sources import Stage
+from uld_serve.training.start import solve_start
 from uld_serve.training.states import Observed, collate, observe
 from uld_serve.training.trainer import Report, fit
 from uld_serve.training.work_folder import WorkFolder
@@ -131,6 +132,8 @@ class Classroom:
         log: list[dict[str, float]] = []
         if lesson.steps != 0:
             pools = self._observe_all(lesson)
+            if settings.start == "solved":
+                solve_start(assistant, pools, quiet=settings.start_quiet)
             folder = self._work.lesson(lesson.adapter)
             self._watch.stage(f"training {lesson.adapter}", settings.steps)
             log = fit(

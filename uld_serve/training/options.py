@@ -50,6 +50,11 @@ SETTINGS: Mapping[str, tuple[type, str]] = {
         "uld: what the assistant's logits are multiplied by, in training and in the rule",
     ),
     "retain_ramp": (float, "uld: share of the run over which beta rises from 0"),
+    "start": (
+        str,
+        "uld: solved: before the first step its last layer is given what is missing, by ridge regression",
+    ),
+    "start_quiet": (float, "uld: how strongly the solved start holds what is kept to uniform"),
     "adjust": (float, "undial: by how much the true token's logit is lowered"),
     "focus_weight": (float, "undial: what a token that opens a keyword weighs"),
     "npo_beta": (float, "npo, offset: beta"),
@@ -135,6 +140,8 @@ class Chosen:
             and found.retain_term == "none"
         ):
             raise DataError("--retain-weight weighs nothing with --retain-term none; leave it out")
+        if "start_quiet" in self.given and found.start != "solved":
+            raise DataError("--start-quiet is of the start that is solved for: give --start solved")
         if "focus_weight" in self.given and not has_keywords:
             raise DataError("--focus-weight needs the tokens that it weighs: give --keywords")
         return found

@@ -13,6 +13,7 @@ from uld_serve.training.place import KeysValues, Modules
 
 RetainTerm = Literal["kl", "nll", "none"]
 Direction = Literal["reverse", "forward"]
+Start = Literal["none", "solved"]
 Filter = Literal["plausibility", "official", "fused", "none"]
 LATE_LAYERS = 8
 
@@ -37,6 +38,7 @@ POSITIVE = (
     "focus_weight",
     "num_top",
     "output_scale",
+    "start_quiet",
 )
 NOT_NEGATIVE = (
     "retain_weight",
@@ -111,6 +113,10 @@ class Settings:
     output_scale: float = 1.0
     retain_ramp: float = 0.0
     """uld: what its logits are multiplied by, and the share of the run over which beta rises from 0."""
+    start: Start = "none"
+    start_quiet: float = 2.0
+    """uld: where it begins to learn from (training/start.py), and how much longer a kept state is made than a
+    forgotten one."""
 
     adjust: float = 3.0
     focus_weight: float = 1.0
@@ -140,6 +146,8 @@ class Settings:
             raise DataError(
                 f"the assistant must enter before it leaves: --fork {self.fork} --exit {self.exit}"
             )
+        if self.start == "solved" and self.modules == "qv":
+            raise DataError("--start solved is written into down_proj, which --modules qv leaves out")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
@@ -167,6 +175,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "retain_term": get_args(RetainTerm),
     "direction": get_args(Direction),
     "filter": get_args(Filter),
+    "start": get_args(Start),
 }
 
 
