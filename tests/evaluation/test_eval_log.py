@@ -57,8 +57,10 @@ def test_all_forms_of_a_log_read_alike(tmp_path: Path) -> None:
     folder.mkdir()
     for file, values in published().items():
         write(folder / file, values)
-    write_log(tmp_path / "again.json", ours.sections)
-    for other in (aggregated, read_log(folder), read_log(tmp_path / "again.json")):
+    own = tmp_path / "acme"
+    own.mkdir()
+    write_log(own / "eval_log.json", ours.sections)
+    for other in (aggregated, read_log(folder), read_log(own), read_log(own / "eval_log.json")):
         assert set(other.sections) == set(SECTIONS)
         for name, expected in ours.sections.items():
             for field in ("loss_N", "paraphrased_loss_N", "perturbed_loss_NJ", "rougeL_recall_N"):

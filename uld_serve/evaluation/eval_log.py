@@ -2,7 +2,8 @@
 one. Called by the eval command. Knows no metric.
 
 Forms: one JSON file with the sections retain, real_authors, world_facts and forget; TOFU's eval_log_aggregated.json,
-whose sections are named after files and whose numbers are by sample index; or a folder with those four files."""
+whose sections are named after files and whose numbers are by sample index; or a folder with those four files, or with
+the first form as eval_log.json."""
 
 from __future__ import annotations
 
@@ -31,6 +32,8 @@ LOSS, PARAPHRASED, PERTURBED, ROUGE = (
     "average_perturb_loss",
     "rougeL_recall",
 )
+OWN_FILE = "eval_log.json"
+"""What `eval tofu` writes all sections to, in a subject's folder."""
 MAX_BYTES = 1 << 30
 
 
@@ -82,7 +85,12 @@ def section_record(samples: Samples) -> dict[str, object]:
 
 
 def _folder(path: Path) -> dict[str, object]:
-    return {file: _parsed(path / file) for file in PUBLISHED if (path / file).is_file()}
+    there = [file for file in PUBLISHED if (path / file).is_file()]
+    if there == [OWN_FILE]:
+        whole = _parsed(path / OWN_FILE)
+        # TOFU's file of that name holds the retain section alone.
+        return whole if set(whole) & set(SECTIONS) else {OWN_FILE: whole}
+    return {file: _parsed(path / file) for file in there}
 
 
 def _parsed(path: Path) -> dict[str, object]:
