@@ -60,7 +60,7 @@ def test_a_line_is_told_from_a_curve() -> None:
 def test_a_plot_without_matplotlib_is_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(["bench", "growth", *TINY, "--plot", str(tmp_path / "x.png")]) == 2
     assert "uld-serve[plot]" in capsys.readouterr().err
 

@@ -24,7 +24,6 @@ from uld_serve.evaluation.tofu_report import forget_samples
 from uld_serve.evaluation.tofu_run import Part, measure, summary
 from uld_serve.evaluation.unfiltered import unfiltered_copy
 from uld_serve.llm import LLM
-from uld_serve.model.loading import Base
 from uld_serve.profiles.profile import ProfileVersion
 from uld_serve.profiles.registry import BUILTIN, profile_directories
 from uld_serve.profiles.store import read_profile
@@ -143,8 +142,9 @@ def _versions(args: argparse.Namespace) -> list[tuple[Path, ProfileVersion]]:
     return [there[name] for name in args.profile]
 
 
-def _identity(base: Base) -> str:
+def _identity(llm: LLM) -> str:
     """All of a base that decides what is measured: weights, their dtype here, and how texts become tokens and end."""
+    base = llm.base
     template = base.tokenizer.chat_template
     return f"{base.fingerprint} {base.tokenizer_hash} {base.eos_ids} {base.dtype} {template!r}"
 
@@ -161,7 +161,7 @@ class _Runner:
         return measure(
             llm,
             subject,
-            f"{_identity(llm.base)} {digest}",
+            f"{_identity(llm)} {digest}",
             self.sections,
             folder=self.args.out / subject.name,
             max_tokens=self.args.max_tokens,
