@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +34,12 @@ from uld_serve.engine.scoring import replay
 from uld_serve.llm import LLM
 from uld_serve.profiles.profile import ProfileVersion
 from uld_serve.profiles.store import read_profile
-from uld_serve.training import probing
-from uld_serve.training.examples import Kind
+from uld_serve.training import classroom, probing
+from uld_serve.training.examples import Example, Kind
 from uld_serve.training.methods.catalog import METHODS
 from uld_serve.training.settings import Settings
 from uld_serve.training.sources import Sources
-from uld_serve.training.states import collate
+from uld_serve.training.states import Observed, collate
 
 
 @dataclass
@@ -221,3 +223,21 @@ def test_a_scaled_assistant_is_served_with_its_scale_in_the_strength(
     settings = settings_of("uld", steps=4, strength=0.5, output_scale=0.25, retain_ramp=0.5)
     version = run_training(tiny, write_sources(tmp_path), settings, tmp_path / "scaled").version
     assert version.profile.rule.strength == 0.125
+
+
+@pytest.mark.parametrize(("method", "num_places"), [("offset", 1), ("rkld-distill", 2)])
+def test_the_target_reads_an_example_once_a_place_for_pupil_and_teacher(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, num_places: int
+) -> None:
+    read: Counter[Example] = Counter()
+    observe = classroom.observe
+
+    def counted(model: object, examples: Sequence[Example], **given: object) -> list[Observed]:
+        read.update(examples)
+        return observe(model, examples, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(classroom, "observe", counted)
+    monkeypatch.setattr(probing, "NUM_REPLAY", 0)
+    run_training(tiny, write_sources(tmp_path), settings_of(method, steps=1, teacher_steps=1), tmp_path / "x")
+    assert len(read) == 20
+    assert set(read.values()) == {num_places}

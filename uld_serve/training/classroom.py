@@ -79,6 +79,7 @@ class Classroom:
         self._attention = base.model.config._attn_implementation
         self._carrier: PreTrainedModel | PeftModel = base.model
         self._assistants: dict[str, Assistant] = {}
+        self._read: dict[tuple[Place, Kind], list[Observed]] = {}
 
     def teach(self, *, resume: bool) -> dict[str, list[dict[str, float]]]:
         """Every lesson in turn; the logs by adapter. Raises DataError."""
@@ -132,6 +133,8 @@ class Classroom:
         log: list[dict[str, float]] = []
         if lesson.steps != 0:
             pools = self._observe_all(lesson)
+            if lesson is self._lessons[-1]:
+                self._read.clear()
             if settings.start == "solved":
                 solve_start(assistant, pools, quiet=settings.start_quiet)
             folder = self._work.lesson(lesson.adapter)
@@ -154,37 +157,37 @@ class Classroom:
     def _observe(self, lesson: Lesson, examples: Sequence[Example]) -> list[Observed]:
         if not examples or examples[0].kind not in lesson.kinds:
             return []
-        kind = Kind(examples[0].kind).name.lower()
-        advance = self._watch.stage(f"the target reads for {lesson.adapter}: {kind}", len(examples))
-        assistant = self._assistants[lesson.adapter]
+        seen = self._read_at(lesson.place, examples, adapter=lesson.adapter)
+        return seen if lesson.teacher is None else self._taught(seen, examples, lesson.teacher)
+
+    def _read_at(self, place: Place, examples: Sequence[Example], *, adapter: str) -> list[Observed]:
+        """All examples of one kind as the target sees them; kept for a later lesson that a teacher there helps."""
+        kind = Kind(examples[0].kind)
+        if (place, kind) in self._read:
+            return self._read[place, kind]
+        advance = self._watch.stage(f"the target reads for {adapter}: {kind.name.lower()}", len(examples))
+        assistant = self._assistants[adapter]
         with assistant.peft.disable_adapter():
             seen = observe(
                 assistant.model,
                 examples,
-                place=lesson.place,
+                place=place,
                 num_top=self._settings.num_top,
                 vocab_size=assistant.vocab_size,
                 advance=advance,
             )
-        return seen if lesson.teacher is None else self._taught(seen, examples, lesson.teacher)
+        if any(lesson.teacher is not None for lesson in self._lessons):
+            self._read[place, kind] = seen
+        return seen
 
     def _taught(self, seen: Sequence[Observed], examples: Sequence[Example], teacher: str) -> list[Observed]:
         """With the last hidden states of an earlier lesson's adapter."""
         assistant, found = self._assistants[teacher], []
+        before = self._read_at(assistant.place, examples, adapter=teacher)
         for start in range(0, len(seen), TEACHER_BATCH):
             part = slice(start, start + TEACHER_BATCH)
-            with torch.no_grad(), assistant.peft.disable_adapter():
-                batch = collate(
-                    observe(
-                        assistant.model,
-                        examples[part],
-                        place=assistant.place,
-                        num_top=1,
-                        vocab_size=assistant.vocab_size,
-                    )
-                )
             with torch.no_grad():
-                hidden_ND = assistant.hidden(batch)
+                hidden_ND = assistant.hidden(collate(before[part]))
             states = torch.split(hidden_ND, [len(one.answer_ids) for one in examples[part]])
             found += [
                 replace(one, teacher_QE=state.clone()) for one, state in zip(seen[part], states, strict=True)
