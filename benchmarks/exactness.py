@@ -80,7 +80,8 @@ def _compared(
     is_wrong_C = (out.token_ids_B != s_CV.argmax(-1)) | (out.status_B != rules.OK)
     is_other_C = _are_others(out.top_ids_BN, out.num_kept_B, s_CV)
     is_near_C = margin_C < CLOSEST
-    counts = (is_wrong_C & ~is_close_C, is_close_C, is_other_C & ~is_near_C, is_near_C)
+    # A token so near a threshold that rounding decides whether it stays may also be the best of those that stay.
+    counts = (is_wrong_C & ~is_close_C & ~is_near_C, is_close_C, is_other_C & ~is_near_C, is_near_C)
     wrong, close, other, near = (int(one.sum().item()) for one in counts)
     return wrong, close, other, near
 
