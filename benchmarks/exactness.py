@@ -80,30 +80,42 @@ def _compared(
     is_wrong_C = (out.token_ids_B != s_CV.argmax(-1)) | (out.status_B != rules.OK)
     is_other_C = _are_others(out.top_ids_BN, out.num_kept_B, s_CV)
     is_near_C = margin_C < CLOSEST
-    # A token so near a threshold that rounding decides whether it stays may also be the best of those that stay.
-    counts = (is_wrong_C & ~is_close_C & ~is_near_C, is_close_C, is_other_C & ~is_near_C, is_near_C)
+    # A token so near a threshold that rounding decides whether it stays may also be the best of those that stay. Only
+    # where it is drawn, or should have been, is a row left out for that.
+    distance_CV = _scored(rule, streams_SCV, min_keep)[1]
+    chosen_C2 = torch.stack([out.token_ids_B.clamp_min(0), s_CV.argmax(-1)], dim=-1)
+    is_close_C |= (distance_CV.gather(1, chosen_C2).abs() < CLOSEST).any(-1)
+    is_close_C &= out.status_B == rules.OK
+    counts = (is_wrong_C & ~is_close_C, is_close_C, is_other_C & ~is_near_C, is_near_C)
     wrong, close, other, near = (int(one.sum().item()) for one in counts)
     return wrong, close, other, near
 
 
 def exact_scores(rule: Rule, streams_SCV: torch.Tensor, min_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
     """fp64 scores, -inf where filtered, and how near any token lies to what decides about it, (C,)."""
+    s_CV, distance_CV, keep_CV = _scored(rule, streams_SCV, min_keep)
+    margin_C = _nearest_other(distance_CV) if rule == "subtract" else distance_CV.abs().amin(-1)
+    return s_CV.masked_fill(~keep_CV, -inf), margin_C
+
+
+def _scored(
+    rule: Rule, streams_SCV: torch.Tensor, min_keep: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores before the filter, how far above its threshold each token lies, and what it keeps."""
     b_CV = streams_SCV[0]
     if rule == "identity":
-        return b_CV, torch.full_like(b_CV[:, 0], inf)
+        return b_CV, torch.full_like(b_CV, inf), torch.ones_like(b_CV, dtype=torch.bool)
     if rule == "subtract":
         s_CV = reference.subtract(b_CV, streams_SCV[1], strength=STRENGTH)
         threshold_C1 = reference.plausibility_threshold(b_CV, tau=TAU, min_keep=min_keep)
-        keep_CV = reference.plausibility_keep(b_CV, tau=TAU, min_keep=min_keep)
-        return s_CV.masked_fill(~keep_CV, -inf), _nearest_other(b_CV - threshold_C1)
+        return s_CV, b_CV - threshold_C1, reference.plausibility_keep(b_CV, tau=TAU, min_keep=min_keep)
     if rule == "relu_difference":
         s_CV = reference.relu_difference(b_CV, streams_SCV[1], strength=STRENGTH)
     else:
         log_q_CV, log_p_CV = streams_SCV[1].log_softmax(-1), streams_SCV[2].log_softmax(-1)
         s_CV = reference.pair_linear(b_CV, log_q_CV, log_p_CV, strength=STRENGTH)
     threshold_C1 = s_CV.amax(-1, keepdim=True) + log(FUSED_TAU)
-    margin_C = (s_CV - threshold_C1).abs().amin(-1)
-    return s_CV.masked_fill(~reference.fused_keep(s_CV, tau=FUSED_TAU), -inf), margin_C
+    return s_CV, s_CV - threshold_C1, reference.fused_keep(s_CV, tau=FUSED_TAU)
 
 
 def _nearest_other(distance_CV: torch.Tensor) -> torch.Tensor:
