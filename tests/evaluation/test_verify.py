@@ -11,6 +11,7 @@ import pytest
 
 from uld_serve.engine.request import Receipt, SamplingParams
 from uld_serve.errors import ProfileError
+from uld_serve.evaluation.remembering import Remembering
 from uld_serve.evaluation.verify import NUM_STEPS, Options, verify
 from uld_serve.llm import Completion, Scored
 from uld_serve.profiles.probes import Message, Probe, Probes
@@ -173,3 +174,28 @@ def test_every_step_is_announced() -> None:
 def test_profile_without_probes_is_refused() -> None:
     with pytest.raises(ProfileError, match="'hp' cannot be verified"):
         verify(FakeModel(), _version(Probes()), unfiltered="hp", options=Options())
+
+
+def test_the_base_is_asked_once_for_several_profiles() -> None:
+    model = FakeModel()
+    once = Remembering(model)
+    options = Options(samples=3, max_tokens=8)
+    first, second = (
+        verify(once, _version(PROBES), unfiltered="unfiltered", options=options).as_json() for _ in range(2)
+    )
+    assert first == second == _report(FakeModel())
+    base = [call for call in model.calls if call.endswith("None")]
+    # Answers: forget, retain, drawn. Scores: forget and retain answers, and what either said, greedy and drawn.
+    assert base.count("generate None") == 3
+    assert base.count("score None") == 6
+    assert model.calls.count("generate hp") == 4
+
+
+def test_what_is_asked_otherwise_is_asked_again() -> None:
+    model = FakeModel()
+    once = Remembering(model)
+    for seed in (1, 2, 2):
+        once.generate([[FORGET, 50]], [SamplingParams(seed=seed)])
+    for top in (1, 2, 2):
+        once.score([[FORGET, 50, SECRET]], top=top)
+    assert model.calls == ["generate None"] * 2 + ["score None"] * 2

@@ -8,10 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from uld_serve.errors import InvalidRequest, UnknownProfile
@@ -29,8 +33,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     listing = actions.add_parser("list", help="one line a profile")
     show = actions.add_parser("show", help="all about one profile")
     verify = actions.add_parser("verify", help="measure on held-out prompts what it forgets and keeps")
-    for action in (show, verify):
-        action.add_argument("name")
+    show.add_argument("name")
+    verify.add_argument("names", nargs="+", metavar="NAME", help="several share one base and its answers")
     for action in (listing, show, verify):
         action.add_argument("--profiles", type=Path, default=BUILTIN, metavar="DIR", help="default: built in")
         action.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
@@ -121,29 +125,47 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from uld_serve.evaluation.remembering import Remembering
     from uld_serve.evaluation.verify import NUM_STEPS, Options, verify
     from uld_serve.llm import LLM
 
     if args.samples < 1 or args.max_tokens < 1:
         raise InvalidRequest("--samples and --max-tokens must be at least 1")
-    directory, version = _find(args.profiles, args.name)
+    if len(set(args.names)) < len(args.names):
+        raise InvalidRequest("one profile is named twice")
+    found = [_find(args.profiles, name) for name in args.names]
     options = Options(samples=args.samples, max_tokens=args.max_tokens)
     console = Console(stderr=True)
-    with unfiltered_copy(directory, version) as copy, Progress(console=console, transient=True) as progress:
-        task = progress.add_task("loading the model", total=NUM_STEPS + 1)
-        roots = [directory] if copy is None else [directory, copy]
-        llm = LLM(args.model, profiles=roots, dtype=args.dtype)
-        report = verify(
-            llm,
-            version,
-            unfiltered=version.name if copy is None else UNFILTERED,
-            options=options,
-            step=lambda what: progress.update(task, description=what, advance=1),
-        ).as_json()
-    _print_report(console, report)
+    reports = []
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(console=console, transient=True))
+        task = progress.add_task("loading the model", total=NUM_STEPS * len(found) + 1)
+        names = _names_unlike(args.names)
+        copies = [
+            stack.enter_context(unfiltered_copy(directory, version, name=next(names)))
+            for directory, version in found
+        ]
+        roots = [directory for directory, _ in found] + [copy for copy in copies if copy is not None]
+        model = Remembering(LLM(args.model, profiles=roots, dtype=args.dtype))
+        for (_, version), copy in zip(found, copies, strict=True):
+            unfiltered = version.name if copy is None else copy.name
+            step = partial(_advance, progress, task, version.name)
+            report = verify(model, version, unfiltered=unfiltered, options=options, step=step).as_json()
+            _print_report(console, report)
+            reports.append(report)
+    ok = all(report["ok"] for report in reports)
     if args.json:
-        print(json.dumps(_without_nan(report), allow_nan=False))
-    return 0 if report["ok"] else 1
+        whole = reports[0] if len(reports) == 1 else {"profiles": reports, "ok": ok}
+        print(json.dumps(_without_nan(whole), allow_nan=False))
+    return 0 if ok else 1
+
+
+def _names_unlike(taken: Sequence[str]) -> Iterator[str]:
+    return (name for name in (f"{UNFILTERED}-{number}" for number in count()) if name not in taken)
+
+
+def _advance(progress: Progress, task: TaskID, name: str, what: str) -> None:
+    progress.update(task, description=f"{name}: {what}", advance=1)
 
 
 def _print_report(console: Console, report: dict[str, object]) -> None:
