@@ -25,6 +25,7 @@ from uld_serve.profiles.store import write_profile
 from uld_serve.training import probing
 from uld_serve.training.classroom import Classroom, Watch
 from uld_serve.training.examples import Kind
+from uld_serve.training.heap import give_back
 from uld_serve.training.methods.catalog import METHODS
 from uld_serve.training.methods.method import Lesson, Method
 from uld_serve.training.preparation import Prepared, gather, prepare
@@ -61,7 +62,7 @@ def train(
     is a file in which several runs share what the base says. None in every process but the first. Raises DataError,
     ProfileError.
     """
-    started = time.monotonic()
+    started, processor = time.monotonic(), time.process_time()
     refuse_existing(out)
     method = METHODS[settings.method]
     profile = plan(base, sources, settings, name=name)
@@ -76,6 +77,7 @@ def train(
         )
 
     prepared = _first_before_others(processes, read)
+    give_back()
     settings = settings.for_data(
         num_forget=len(prepared.pools[Kind.FORGET]),
         num_detours=len(prepared.pools[Kind.DETOUR]),
@@ -101,6 +103,7 @@ def train(
         record["sources"] = _told(sources)
         record["measured"] = {name: found.rounded() for name, found in measured.items()}
         record["seconds"] = round(time.monotonic() - started, 1)
+        record["cpu_seconds"] = round(time.process_time() - processor, 1)
         with TemporaryDirectory() as folder:
             written = write_profile(
                 out,

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from uld_serve.model.borrowed import decoder_parts, target_pass
 from uld_serve.model.packing import Packing, num_alike
 from uld_serve.training.examples import Example
+from uld_serve.training.heap import give_back
 from uld_serve.training.place import Place
 
 IGNORED = -100
@@ -94,6 +95,7 @@ def observe(
         batch = [examples[number] for number in chosen]
         seen = _observe_batch(model, batch, place=place, num_top=num_top, vocab_size=vocab_size)
         found.update(zip(chosen, seen, strict=True))
+        give_back()
         advance(len(chosen))
     return [found[number] for number in range(len(examples))]
 

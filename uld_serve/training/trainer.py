@@ -25,6 +25,7 @@ from uld_serve.errors import DataError
 from uld_serve.training.assistant import Assistant, adapter_state, load_adapter
 from uld_serve.training.early_stop import EarlyStop, OnCheckpoint
 from uld_serve.training.examples import Kind
+from uld_serve.training.heap import give_back
 from uld_serve.training.lessons import Lessons
 from uld_serve.training.preparation import nothing_of
 from uld_serve.training.settings import Settings
@@ -87,7 +88,7 @@ class AssistantTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
 
 
 class OnStep(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
-    """Tells `report` of every logged step."""
+    """Tells `report` of every logged step, and keeps what batches of all sizes leave behind from piling up."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -100,6 +101,7 @@ class OnStep(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
         logs: dict[str, float] | None = None,
         **_unused: object,
     ) -> None:
+        give_back()
         if logs and "loss" in logs:
             self._report(state.global_step, {name: float(value) for name, value in logs.items()})
 
