@@ -1,4 +1,4 @@
-"""Rounds a base's weights to int8 and back: what weight-only int8 quantisation does to its answers, simulated. Called by
+"""Rounds a base's weights to int8 and back: what weight-only int8 quantisation does to answers, simulated. Called by
 load_base. Nothing gets smaller or faster.
 
 Shapes: O output channels, I input channels.
@@ -28,8 +28,8 @@ def round_to_int8(model: PreTrainedModel) -> int:
 
 
 def int8_and_back(weight_OI: torch.Tensor) -> torch.Tensor:
-    """w' = s · round(w / s) with s = max |w| / 127 over a channel's inputs, in w's own dtype: in bfloat16 the product is
-    rounded once more, by up to half a step. A channel of zeros stays so."""
+    """w' = s · round(w / s) with s = max |w| / 127 over a channel's inputs, in w's own dtype: in bfloat16 the product
+    is rounded once more, by up to half a step. A channel of zeros stays so."""
     exact_OI = weight_OI.float()
     scale_O1 = exact_OI.abs().amax(dim=1, keepdim=True) / LARGEST
     steps_OI = (exact_OI / scale_O1.clamp_min(torch.finfo(torch.float32).tiny)).round()
