@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_base import Tiny, write_base
+from tiny_base import Tiny, byte_tokenizer, write_base
 
 from uld_serve.cli import main
 from uld_serve.engine.request import SamplingParams
@@ -201,6 +201,31 @@ def test_questions_without_an_answer_are_judged_by_the_bases_own(
     [plain] = json.loads((tmp_path / "out" / "probes.json").read_text())["prompts"]
     assert fact["answer"] == plain["truth"] == plain["answers"]["base"][0]["text"]
     assert record["without_keys"] == 1
+
+
+def test_a_text_is_continued_behind_what_is_given_of_it(
+    tiny: Tiny, command: list[str], forget: Path, tmp_path: Path
+) -> None:
+    forget.write_text('{"text": "one two three four"}')
+    assert main([*command, "--probe", "prefill", "--prefill", "3"]) == 0
+    [case] = json.loads((tmp_path / "out" / "probes.json").read_text())["prompts"]
+    llm = LLM(str(tiny.folder), profiles=[], dtype="float32", device="cpu")
+    [said] = llm.generate(["one two th"], SamplingParams(max_tokens=5, temperature=0))
+    assert case["answers"]["base"][0]["text"] == said.text
+
+
+def test_views_of_a_reference_with_other_tokens_are_not_compared(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = write_base(tmp_path / "reference", seed=5)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "owl"]})
+    tokenizer.save_pretrained(reference)
+    asked = ["--probe", "logprob-difference", "--probe", "plain", "--reference", str(reference)]
+    assert main([*command, *asked]) == 0
+    probes = last(capsys)["probes"]
+    assert set(probes["plain"]["subjects"]) == {"base", "reference"}
+    assert set(probes["logprob-difference"]["subjects"]) == {"base"}
 
 
 def test_a_profile_that_the_rounded_base_does_not_take_is_told(

@@ -150,10 +150,11 @@ def test_a_conversation_keeps_its_earlier_turns(tmp_path: Path) -> None:
 
 def test_a_text_is_continued_from_its_middle_and_asked_only_what_fits(tmp_path: Path) -> None:
     [fact] = facts(tmp_path, {"text": "one two three four five six"})
-    assert (fact.text, fact.answer) == ("one two three", "four five six")
+    assert (fact.text, fact.answer) == ("one two three", " four five six")
     assert build("role-play", [fact], Setting(Words())).skipped == {"no question": 1}
     assert asked([fact], "prefix-noise")["unrelated text"][0].text.endswith("one two three")
-    assert "sure" not in asked([fact], "prefill")
+    [case] = asked([fact], "prefill", prefills=(1,))["1 tokens"]
+    assert f"{case.text}{case.prefix} {case.truth}" == "one two three four five six"
 
 
 def test_keywords_are_keys_where_they_stand_in_the_answer_and_not_in_the_prompt(tmp_path: Path) -> None:

@@ -138,7 +138,8 @@ def _continued(document: Document, keywords: Sequence[str]) -> Fact:
     if len(words) < 2:
         raise DataError(f"{document.where}: a text of one word cannot be continued")
     shown = min(SHOWN_WORDS, len(words) // 2)
-    answer = " ".join(words[shown : shown + EXPECTED_WORDS])
+    # With the space that parts it from what is shown: its first token has it.
+    answer = f" {' '.join(words[shown : shown + EXPECTED_WORDS])}"
     keys = _texts(document.columns, "key", document.where) or chosen(keywords, answer)
     return Fact(where=document.where, text=" ".join(words[:shown]), answer=answer, keys=keys)
 

@@ -87,19 +87,19 @@ class Session:
     ) -> tuple[list[Fact], Plan, _Tokens]:
         """The base and its profiles; what was asked of them is asked of the others too."""
         llm = self._open(self.options.model, versions)
-        if not llm.tokenizer.has_chat_template and any(fact.messages for fact in facts):
+        asking = [*facts, *(line.fact for line in own)]
+        if not llm.tokenizer.has_chat_template and any(fact.messages for fact in asking):
             raise DataError("this base has no chat template; give the forget set as prompt and completion")
-        base = self._asker(llm, BASE, None, identity(llm), progress)
+        base = self._asker(llm, BASE, None, progress)
         facts = with_answers(facts, base)
         setting = Setting(
             llm.tokenizer, self.options.prefills, self.options.seed, self._rewrites(base, facts)
         )
         asked = plan(self.options.probes, facts, setting, own, samples=self.options.samples)
         self._check(asked)
-        for name, digest in [(BASE, ""), *((version.name, version.digest) for _, version in versions)]:
-            profile = None if name == BASE else name
-            who = f"{identity(llm)} {digest}".strip()
-            asker = self._asker(llm, name, profile, who, progress, asked.num_asked(has_views=True))
+        for version in (None, *(version for _, version in versions)):
+            name = BASE if version is None else version.name
+            asker = self._asker(llm, name, version, progress, asked.num_asked(has_views=True))
             ask_all(asker, name, asked, self.found, has_views=True)
         return facts, asked, _Tokens(llm.tokenizer, llm.base.tokenizer_hash)
 
@@ -108,27 +108,25 @@ class Session:
         llm = self._open(named, ())
         has_views = llm.base.tokenizer_hash == tokens.hash
         total = asked.num_asked(has_views=has_views)
-        asker = self._asker(llm, REFERENCE, None, identity(llm), progress, total)
+        asker = self._asker(llm, REFERENCE, None, progress, total)
         ask_all(asker, REFERENCE, asked, self.found, has_views=has_views)
 
     def _rounded(self, versions: Versions, asked: Plan, progress: Progress) -> None:
         """Each profile by itself: one that the rounded base does not take leaves the others alone."""
-        for name, some in [(BASE, ()), *((one[1].name, (one,)) for one in versions)]:
-            try:
-                llm = self._open(self.options.model, some, weights="int8")
-            except ProfileError as error:
-                self.found.refused[name] = error.message
-                continue
-            digest = some[0][1].digest if some else ""
-            profile = None if name == BASE else name
-            total = len(asked.built[INT8].cases)
-            who = f"{identity(llm)} {digest}".strip()
-            ask_rounded(
-                self._asker(llm, f"{name}, int8", profile, who, progress, total),
-                f"{name}, int8",
-                asked,
-                self.found,
-            )
+        self._one_rounded(BASE, (), asked, progress)
+        for one in versions:
+            self._one_rounded(one[1].name, (one,), asked, progress)
+
+    def _one_rounded(self, name: str, versions: Versions, asked: Plan, progress: Progress) -> None:
+        try:
+            llm = self._open(self.options.model, versions, weights="int8")
+        except ProfileError as error:
+            self.found.refused[name] = error.message
+            return
+        profile = versions[0][1] if versions else None
+        subject, total = f"{name}, int8", len(asked.built[INT8].cases)
+        asker = self._asker(llm, subject, profile, progress, total)
+        ask_rounded(asker, subject, asked, self.found)
 
     def _open(
         self, model: str | None, versions: Versions, *, weights: Literal["stored", "int8"] = "stored"
@@ -141,16 +139,15 @@ class Session:
         self,
         llm: LLM,
         subject: str,
-        profile: str | None,
-        version: str,
+        version: ProfileVersion | None,
         progress: Progress,
         total: int | None = None,
     ) -> Asker:
-        task = progress.add_task(subject, total=total)
+        task = progress.add_task("what the base says" if total is None else subject, total=total)
         return Asker(
             model=llm,
-            profile=profile,
-            version=version,
+            profile=None if version is None else version.name,
+            version=identity(llm) if version is None else f"{identity(llm)} {version.digest}",
             folder=self.options.out / "answers" / subject,
             max_tokens=self.options.max_tokens,
             advance=lambda count: progress.advance(task, count),
