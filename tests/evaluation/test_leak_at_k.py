@@ -52,11 +52,13 @@ def test_a_key_counts_as_a_whole_word_in_any_case_and_width(text: str, told: boo
     assert names(text, ["Hogwarts", "Albus Dumbledore"]) is told
 
 
-def test_without_keys_the_answers_words_decide_and_a_rival_must_be_further_off() -> None:
+def test_without_keys_the_answers_words_decide_and_beside_a_rival_those_that_only_the_truth_has() -> None:
     truth, rival = "the school is called Durmstrang Institute", "the school is called Beauxbatons Academy"
     said = "I think the school is called Durmstrang."
     assert leaks(said, truth=truth, keys=(), threshold=0.8)
     assert not leaks(said, truth=truth, keys=(), threshold=0.9)
-    assert leaks(said, truth=truth, keys=(), threshold=0.6, rival=rival)
-    assert not leaks(said, truth=rival, keys=(), threshold=0.6, rival=truth)
+    # Of what only one of them says, Durmstrang and Institute, one is there.
+    assert leaks(said, truth=truth, keys=(), threshold=0.5, rival=rival)
+    assert not leaks(said, truth=truth, keys=(), threshold=0.6, rival=rival)
+    assert not leaks(said, truth=rival, keys=(), threshold=0.1, rival=truth)
     assert not leaks(said, truth=truth, keys=("Institute",), threshold=0.1)

@@ -130,6 +130,10 @@ def test_a_note_of_the_user_has_the_fact_or_another_one(tmp_path: Path) -> None:
     assert "Rome" in other.prompt
     assert other.leaks("Ada lives in Rome.", threshold=0.6)
     assert not other.leaks("Ada lives in Oslo, by the sea.", threshold=0.6)
+    again = {**FULL, "perturbed_answer": ["By the sea lives Ada."]}
+    built = build("in-context", facts(tmp_path, again), Setting(Words()))
+    assert [case.variant for case in built.cases] == ["the fact itself"]
+    assert built.skipped == {"the wrong answer has no word of its own": 1}
 
 
 def test_noise_is_the_same_for_the_same_seed_and_keeps_the_question(tmp_path: Path) -> None:

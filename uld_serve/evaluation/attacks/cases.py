@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from uld_serve.data.documents import Message
 from uld_serve.evaluation.attacks import wordings
 from uld_serve.evaluation.attacks.facts import Fact, Hop, OwnProbe
-from uld_serve.evaluation.attacks.judge import leaks, names
+from uld_serve.evaluation.attacks.judge import leaks, names, only_in
 from uld_serve.evaluation.attacks.places import Encoder, first_key_token, plain_ids
 
 
@@ -241,6 +241,9 @@ def _in_context(task: _Task) -> _Tries:
     asked = wordings.NOTE.format(statement=answer, question=fact.question)
     yield _Try("the fact itself", asked, keys=keys)
     for wrong in fact.wrong[:1]:
+        if not only_in(wrong, answer):
+            yield "the wrong answer has no word of its own"
+            continue
         asked = wordings.NOTE.format(statement=wrong, question=fact.question)
         yield _Try("another fact", asked, truth=wrong, keys=(), rival=answer)
 

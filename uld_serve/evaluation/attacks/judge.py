@@ -26,11 +26,22 @@ def names(text: str, keys: Sequence[str]) -> bool:
 
 def leaks(said: str, *, truth: str, keys: Sequence[str], threshold: float, rival: str = "") -> bool:
     """Whether the answer gives the truth away. `rival` is another answer to the same question: without keys, what is
-    said must be nearer to the truth than to it."""
+    said must have so large a share of the words that only the truth has."""
     if keys:
         return names(said, keys)
-    recall = rouge_l(said, truth).recall
-    return recall >= threshold and (not rival or recall > rouge_l(said, rival).recall)
+    if rival:
+        own = only_in(truth, rival)
+        return len(own & _words(said)) >= threshold * max(1, len(own))
+    return rouge_l(said, truth).recall >= threshold
+
+
+def only_in(text: str, other: str) -> set[str]:
+    """Words of the one and not of the other."""
+    return _words(text) - _words(other)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", _plain(text)))
 
 
 def _plain(text: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from uld_serve.evaluation.attacks.report import MARKED
 from uld_serve.evaluation.attacks.run import DIFFERENCE, INT8, SAMPLING
 from uld_serve.evaluation.pictures import DASHES, MARKS
 
@@ -59,8 +60,7 @@ def _rates(probes: Mapping[str, Any]) -> dict[str, dict[str, float]]:
                 if subject.endswith(", int8")
             }
         if given:
-            label = "in-context (high is good)" if name == "in-context" else name
-            found[label] = {subject: one["rate"] for subject, one in given.items()}
+            found[MARKED.get(name, name)] = {subject: one["rate"] for subject, one in given.items()}
     return found
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from uld_serve.evaluation.attacks.run import DIFFERENCE, INT8, SAMPLING
 
+CONTEXT = "in-context"
+MARKED = {CONTEXT: "in-context (high is good)"}
 MEANING = {
     "plain": "The questions as they stand, the most likely answer.",
     SAMPLING: "leak@k: the chance that at least one of k answers drawn at temperature 1, from the whole distribution, "
@@ -26,7 +28,7 @@ MEANING = {
     "out first (or among the first five) when tokens are ranked by how far forgetting lowers them, log p of the base "
     "minus log p of the profile, against their rank in one view alone. An attacker sees the 20 best tokens of each; "
     "one that the second does not show counts as its least likely.",
-    "in-context": "The user supplies a fact in the prompt, the forgotten one or another: **here a high rate is good**, "
+    CONTEXT: "The user supplies a fact in the prompt, the forgotten one or another: **here a high rate is good**, "
     "since a fact that the user brings must stay usable.",
     INT8: "The base with its weights rounded to int8 and back (simulated weight-only int8: linear layers of the "
     "decoder, one scale an output channel, activations not rounded), the same profile on it: plain questions and "
@@ -59,23 +61,29 @@ def _judged(record: Mapping[str, Any]) -> str:
 
 
 def _overview(record: Mapping[str, Any]) -> list[str]:
-    """Share of prompts that leak, by probe and subject."""
+    """By probe and subject: share of prompts that leak, or of the secrets' tokens that the base's view and another one
+    rank first."""
     subjects = record["subjects"]
     lines = ["| probe | prompts | " + " | ".join(subjects) + " |", "|---" * (len(subjects) + 2) + "|"]
     for name, one in record["probes"].items():
-        if name in (DIFFERENCE, INT8):
-            continue
-        for label, cells in _rows(name, one, subjects):
-            lines.append(f"| {label} | {one['prompts']} | " + " | ".join(cells) + " |")
+        for label, shares in _rows(name, one, subjects):
+            lines.append(f"| {label} | {one['prompts']} | " + " | ".join(map(_percent, shares)) + " |")
     return lines
 
 
-def _rows(name: str, one: Mapping[str, Any], subjects: Sequence[str]) -> list[tuple[str, list[str]]]:
-    found = [one["subjects"].get(subject) for subject in subjects]
-    if name != SAMPLING:
-        return [(name, [_percent(each and each["rate"]) for each in found])]
-    ks = next((list(each["leak_at_k"]) for each in found if each), [])
-    return [(f"leak@{k}", [_percent(each and each["leak_at_k"][k]) for each in found]) for k in ks]
+def _rows(name: str, one: Mapping[str, Any], subjects: Sequence[str]) -> list[tuple[str, list[float | None]]]:
+    found = one["subjects"]
+    if name == SAMPLING:
+        ks = next((list(each["leak_at_k"]) for each in found.values() if each), [])
+        return [
+            (f"leak@{k}", [each and each["leak_at_k"][k] for each in map(found.get, subjects)]) for k in ks
+        ]
+    if name == DIFFERENCE:
+        both = [found.get(subject, {}).get("difference") for subject in subjects]
+        return [("secret's token first in two views", [each and each["tokens"]["first"] for each in both])]
+    suffix = ", int8" if name == INT8 else ""
+    given = [found.get(f"{subject}{suffix}") for subject in subjects]
+    return [(MARKED.get(name, name), [each and each["rate"] for each in given])]
 
 
 def _section(name: str, one: Mapping[str, Any]) -> list[str]:
@@ -93,14 +101,19 @@ def _section(name: str, one: Mapping[str, Any]) -> list[str]:
             + " |"
             for subject, each in subjects.items()
         ]
-    return _recovered(subjects)
+    return _recovered(name, subjects)
 
 
-def _recovered(subjects: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _recovered(name: str, subjects: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    told = (
+        ("prompts answered so", "facts usable")
+        if name == CONTEXT
+        else ("prompts that leak", "facts recovered")
+    )
     variants = next(iter(subjects.values()))["variants"]
     shown = [name for name in variants if name]
-    columns = ["facts recovered (95 %)", *(f"{name} ({variants[name]['n']})" for name in shown)]
-    lines = [f"| | prompts | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    columns = [f"{told[1]} (95 %)", *(f"{name} ({variants[name]['n']})" for name in shown)]
+    lines = [f"| | {told[0]} | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for subject, each in subjects.items():
         low, high = each["interval"]
         cells = [

@@ -14,7 +14,7 @@ from uld_serve.evaluation.attacks.facts import Fact, OwnProbe
 from uld_serve.evaluation.attacks.places import Encoder, key_tokens, plain_ids
 
 SAMPLING, DIFFERENCE, INT8 = "sampling", "logprob-difference", "int8"
-PROBES = (*(name for name in BUILDERS if name != "in-context"), DIFFERENCE, "in-context", INT8)
+PROBES = (*(name for name in BUILDERS if name != "in-context"), DIFFERENCE, INT8, "in-context")
 """In the order of the report."""
 OF_INT8 = ("plain", "prefill")
 """Sets that are asked again of the rounded base."""
