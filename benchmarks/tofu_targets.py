@@ -22,10 +22,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
+from uld_serve.data.documents import Document, read_documents
 from uld_serve.errors import DataError, UldError
 from uld_serve.model.loading import Base, load_base
 from uld_serve.training.answers import encode_answer, encode_prompt
-from uld_serve.training.documents import Document, read_documents
 
 IGNORED = -100
 

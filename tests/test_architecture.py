@@ -18,15 +18,16 @@ MAX_LINES = 400
 # Layer -> the layers that it may import. A command (`*/command.py`, demo, generate) is a part of the command line,
 # wherever it lives; `llm` is llm.py with assembly.py; errors, config and the version may be imported by all.
 ALLOWED = {
-    "cli": {"server", "training", "evaluation", "bench", "llm", "engine", "model", "profiles"},
+    "cli": {"server", "training", "evaluation", "bench", "llm", "engine", "model", "profiles", "data"},
     "server": {"llm", "engine", "model", "profiles"},
-    "evaluation": {"llm", "engine", "profiles"},
+    "evaluation": {"llm", "engine", "profiles", "data"},
     "bench": {"server", "llm", "engine", "model", "profiles", "uld_kernels"},
     "llm": {"engine", "model", "profiles"},
-    "training": {"model", "profiles", "uld_kernels"},
+    "training": {"model", "profiles", "uld_kernels", "data"},
     "engine": {"model", "profiles", "uld_kernels"},
     "model": {"uld_kernels"},
     "profiles": set(),
+    "data": set(),
     "uld_kernels": set(),
     "base": set(),
 }

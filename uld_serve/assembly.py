@@ -13,7 +13,7 @@ from uld_serve.config import EngineSettings
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.scoring import admit
 from uld_serve.errors import ProfileMismatch
-from uld_serve.model.loading import Base, DType, load_base
+from uld_serve.model.loading import Base, DType, Weights, load_base
 from uld_serve.profiles.profile import BaseFacts, ProfileVersion
 from uld_serve.profiles.registry import BUILTIN, Registry, check_base
 
@@ -32,6 +32,7 @@ def assemble(
     dtype: DType = "auto",
     device: str = "auto",
     settings: EngineSettings | None = None,
+    weights: Weights = "stored",
 ) -> Assembly:
     """Load a base (None: the embedded one) and its profiles (None: the built-in ones, for the embedded base).
 
@@ -40,7 +41,7 @@ def assemble(
     """
     roots = profiles if profiles is not None else ([BUILTIN] if model is None else [])
     registry = Registry.load_all(roots)
-    base = load_base(model, dtype=dtype, device=device)
+    base = load_base(model, dtype=dtype, device=device, weights=weights)
     engine = Engine.of(base, settings)
     facts = facts_of(base)
     for version in registry:

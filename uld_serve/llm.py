@@ -14,7 +14,7 @@ from uld_serve.engine.plan import Applied, Compose, Decision
 from uld_serve.engine.request import Delta, FinishReason, Receipt, SamplingParams, TokenLogprob
 from uld_serve.engine.scoring import Job, OnFinish, run_jobs, score
 from uld_serve.errors import InvalidRequest
-from uld_serve.model.loading import DType
+from uld_serve.model.loading import DType, Weights
 
 Profiles = str | Sequence[str] | None
 
@@ -58,9 +58,13 @@ class LLM:
         device: str = "auto",
         settings: EngineSettings | None = None,
         compose: Compose = "max",
+        weights: Weights = "stored",
     ) -> None:
+        """`weights` "int8" rounds the base's to int8 and back before anything is asked (model.rounding)."""
         roots = [profiles] if isinstance(profiles, Path) else profiles
-        self._assembly = assemble(model, profiles=roots, dtype=dtype, device=device, settings=settings)
+        self._assembly = assemble(
+            model, profiles=roots, dtype=dtype, device=device, settings=settings, weights=weights
+        )
         self._compose = compose
         self.base = self._assembly.base
         self.engine = self._assembly.engine

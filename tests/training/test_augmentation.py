@@ -10,9 +10,10 @@ import pytest
 from tiny_base import EOS_ID, Tiny
 from tiny_run import settings_of, silent, write_jsonl
 
+from uld_serve.data import datasets
+from uld_serve.data.documents import Variants, read_documents
 from uld_serve.errors import DataError
-from uld_serve.training import answers, augmentation, datasets
-from uld_serve.training.documents import Variants, read_documents
+from uld_serve.training import answers, augmentation
 from uld_serve.training.examples import Example, Kind
 from uld_serve.training.preparation import Prepared, gather, prepare
 from uld_serve.training.settings import Settings

@@ -13,12 +13,12 @@ import transformers.utils.logging as transformers_logging
 from tiny_base import Tiny
 from tiny_run import FORGET, KEYWORDS, RETAIN, write_questions
 
+from uld_serve.data.documents import read_documents
 from uld_serve.errors import DataError
 from uld_serve.profiles.store import read_profile
 from uld_serve.training import command, jobs, options, probing
 from uld_serve.training import run as run_module
 from uld_serve.training.data_options import sources_of
-from uld_serve.training.documents import read_documents
 from uld_serve.training.methods.catalog import METHODS, PRESETS
 from uld_serve.training.settings import CHOICES, Settings
 from uld_serve.training.sources import Sources

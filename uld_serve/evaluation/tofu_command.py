@@ -19,17 +19,15 @@ from uld_serve.evaluation.eval_log import EvalLog, read_log
 from uld_serve.evaluation.pictures import draw
 from uld_serve.evaluation.questions import Question, read_questions, section_files
 from uld_serve.evaluation.report import markdown
+from uld_serve.evaluation.subjects import BASE, REFERENCE, chosen_profiles, identity
 from uld_serve.evaluation.tofu import Samples
 from uld_serve.evaluation.tofu_report import forget_samples
 from uld_serve.evaluation.tofu_run import Part, measure, summary
 from uld_serve.evaluation.unfiltered import unfiltered_copy
 from uld_serve.llm import LLM
-from uld_serve.profiles.profile import ProfileVersion
-from uld_serve.profiles.registry import BUILTIN, profile_directories
-from uld_serve.profiles.store import read_profile
+from uld_serve.profiles.registry import BUILTIN
 
 SUMMARY = "ask a base, its profiles and a reference model all of TOFU's questions"
-BASE, REFERENCE = "base", "reference"
 
 
 def add_parser(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -69,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Raises DataError: data, models or profiles that cannot be read."""
     if args.max_tokens < 1 or (args.limit is not None and args.limit < 1):
         raise DataError("--max-tokens and --limit must be at least 1")
-    versions = _versions(args)
+    versions = chosen_profiles(args.profiles, args.profile)
     sections = {
         name: read_questions(args.data, file, limit=args.limit)
         for name, file in section_files(args.split).items()
@@ -125,30 +123,6 @@ def _forgotten(found: Mapping[str, Mapping[str, Part]], reference: EvalLog | Non
     return forgotten if reference is None else {**forgotten, REFERENCE: reference.section("forget")}
 
 
-def _versions(args: argparse.Namespace) -> list[tuple[Path, ProfileVersion]]:
-    if len(set(args.profile)) < len(args.profile):
-        raise DataError("--profile names one twice")
-    if {BASE, REFERENCE} & set(args.profile):
-        raise DataError(
-            f"a profile called {BASE} or {REFERENCE} cannot be evaluated: the report has rows of that name"
-        )
-    found = [(path, read_profile(path)) for path in profile_directories(args.profiles)]
-    there = {version.name: (path, version) for path, version in found}
-    for name in args.profile:
-        if name not in there:
-            raise DataError(
-                f"{args.profiles} has no profile '{name}', only {', '.join(sorted(there)) or 'none'}"
-            )
-    return [there[name] for name in args.profile]
-
-
-def _identity(llm: LLM) -> str:
-    """All of a base that decides what is measured: weights, their dtype here, and how texts become tokens and end."""
-    base = llm.base
-    template = base.tokenizer.chat_template
-    return f"{base.fingerprint} {base.tokenizer_hash} {base.eos_ids} {base.dtype} {template!r}"
-
-
 @dataclass(frozen=True)
 class _Runner:
     args: argparse.Namespace
@@ -161,7 +135,7 @@ class _Runner:
         return measure(
             llm,
             subject,
-            f"{_identity(llm)} {digest}",
+            f"{identity(llm)} {digest}",
             self.sections,
             folder=self.args.out / subject.name,
             max_tokens=self.args.max_tokens,

@@ -23,8 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from uld_serve.errors import ModelUnsupported
+from uld_serve.model.rounding import round_to_int8
 
 DType = Literal["auto", "bfloat16", "float32"]
+Weights = Literal["stored", "int8"]
 
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -55,10 +57,14 @@ class Base:
     eos_ids: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    weights: Weights = "stored"
 
 
-def load_base(ref: str | None = None, *, dtype: DType = "auto", device: str = "auto") -> Base:
-    """Load `ref`: None for the embedded model, a directory, or a Hugging Face id.
+def load_base(
+    ref: str | None = None, *, dtype: DType = "auto", device: str = "auto", weights: Weights = "stored"
+) -> Base:
+    """Load `ref`: None for the embedded model, a directory, or a Hugging Face id. `weights` "int8" rounds them to int8
+    and back, for evaluations; the fingerprint stays that of what is stored.
 
     Raises ModelUnsupported when the checkpoint cannot be read, has no safetensors or no tokenizer.
     """
@@ -81,6 +87,8 @@ def load_base(ref: str | None = None, *, dtype: DType = "auto", device: str = "a
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelUnsupported(f"model {ref!r} has no fast tokenizer (tokenizer.json); convert it first")
     model = model.to(where).eval().requires_grad_(False)
+    if weights == "int8":
+        round_to_int8(model)
     return Base(
         id=model_id,
         served_name=model_id.rstrip("/").split("/")[-1].lower(),
@@ -95,6 +103,7 @@ def load_base(ref: str | None = None, *, dtype: DType = "auto", device: str = "a
         dtype=torch_dtype,
         # With its number: `cuda` is not equal to the `cuda:0` of the tensors there.
         device=model.device,
+        weights=weights,
     )
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from uld_serve.data.documents import Document
 from uld_serve.errors import DataError
 from uld_serve.model.loading import Base
 from uld_serve.training.continuation import Drawing, continuations
-from uld_serve.training.documents import Document
 
 BATCH_SIZE = 96
 Advance = Callable[[int], None]

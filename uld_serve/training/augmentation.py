@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from uld_serve.data.documents import Document, Message, Variants, read_lines, told
 from uld_serve.errors import DataError
 from uld_serve.model.loading import Base
 from uld_serve.training import answers
-from uld_serve.training.documents import Document, Message, Variants, read_lines, told
 from uld_serve.training.settings import Settings
 from uld_serve.training.sources import AnswerBook, Answered, Sources, Stage, usable
 

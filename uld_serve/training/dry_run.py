@@ -11,10 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
 
+from uld_serve.data.documents import Document
 from uld_serve.model.loading import Base
 from uld_serve.training import answers
 from uld_serve.training.classroom import Classroom, Rehearsal, Watch
-from uld_serve.training.documents import Document
 from uld_serve.training.examples import Example, Kind
 from uld_serve.training.methods.catalog import METHODS
 from uld_serve.training.preparation import Material, Prepared, gather, nothing_of, prepare

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from uld_serve.data.datasets import is_dataset
 from uld_serve.errors import DataError
-from uld_serve.training.datasets import is_dataset
 
 PATHS = frozenset(
     {"forget", "retain", "keywords", "probe-forget", "probe-retain", "augment-file", "readme", "plot"}

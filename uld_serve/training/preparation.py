@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from uld_serve.data.documents import Document, Reading, Variants, read_documents, refuse_overlap
 from uld_serve.errors import DataError
 from uld_serve.model.loading import Base
 from uld_serve.training import answers, augmentation
-from uld_serve.training.documents import Document, Reading, Variants, read_documents, refuse_overlap
 from uld_serve.training.examples import Example, Goals, Kind, common_tokens
 from uld_serve.training.settings import Settings
 from uld_serve.training.sources import AnswerBook, Answered, Sources, Stage, usable

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from uld_serve.training.documents import Document
+from uld_serve.data.documents import Document
 
 Stage = Callable[[str, int], Callable[[int], None]]
 """stage(what, total) -> advance(count): how progress is told."""

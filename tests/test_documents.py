@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from uld_serve.data.documents import Document, Message, read_documents, refuse_overlap
 from uld_serve.errors import DataError
-from uld_serve.training.documents import Document, Message, read_documents, refuse_overlap
 
 
 def one(tmp_path: Path, row: object) -> Document:
@@ -170,3 +170,9 @@ def test_plain_texts_overlap_only_as_a_whole() -> None:
     with pytest.raises(DataError, match="both in the"):
         refuse_overlap([story], [Document(text="ann left", answer="", where="r:1")], names=("a", "b"))
     refuse_overlap([story], [Document(text="Ann stayed.", answer="", where="r:1")], names=("a", "b"))
+
+
+def test_what_else_stood_in_a_line_is_kept_for_those_who_know_it(tmp_path: Path) -> None:
+    row = {"question": "Who?", "answer": "Nobody.", "alias": ["no one"]}
+    assert one(tmp_path, row).columns == row
+    assert one(tmp_path, row) == one(tmp_path, {"question": "Who?", "answer": "Nobody."})

@@ -1,6 +1,6 @@
 """Reads what should be forgotten and what must stay: JSONL in four forms, folders of .txt files, and datasets in
-Hugging Face's forms. Called by preparation. Knows no tokenizer and no model; says what it read, what it dropped and
-why.
+Hugging Face's forms. Called by training and by evaluation. Knows no tokenizer and no model; says what it read, what it
+dropped and why.
 
     {"question", "answer"}    one user turn through the chat template
     {"messages": [...]}       a conversation through the chat template; a last assistant turn is the answer
@@ -23,8 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from uld_serve.data import datasets
 from uld_serve.errors import DataError
-from uld_serve.training import datasets
 
 ROLES = ("system", "user", "assistant")
 VARIANTS = {
@@ -70,6 +70,8 @@ class Document:
     form: str = "document"
     where: str = ""
     variants: Variants = Variants()
+    columns: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
+    """All that stood in the line, for readers that know more columns than these."""
 
     @property
     def key(self) -> str:
@@ -200,7 +202,7 @@ def _document(row: Mapping[str, object], where: str) -> Document:
     variants = _variants(row, where)
     if variants and (len(document.messages) != 1 or not document.answer):
         raise DataError(f"{where}: other wordings need a question and its answer beside them")
-    return replace(document, variants=variants)
+    return replace(document, variants=variants, columns=row)
 
 
 def _variants(row: Mapping[str, object], where: str) -> Variants:
