@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from uld_serve.engine.request import SamplingParams
+from uld_serve.errors import DataError
 from uld_serve.llm import Completion, Scored
 
 FLOOR_NATS = -50.0
@@ -75,6 +76,17 @@ def greedy_answers(
     """By what is served. Raises what the model raises."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop)
     return [one.text for one in model.generate(prompts, params, profile=subject.profile)]
+
+
+def text_logprobs(model: Model, subject: Subject, texts: Sequence[str]) -> list[list[float]]:
+    """Of every token of each text but its first, by the unfiltered subject. Raises DataError for a text of one token,
+    which has no such."""
+    sequences = [model.tokenizer.encode(text) for text in texts]
+    for ids, text in zip(sequences, texts, strict=True):
+        if len(ids) < 2:
+            raise DataError(f"a text of fewer than two tokens has no likelihood: {text!r}")
+    scored = model.score(sequences, profile=subject.unfiltered, top=0)
+    return [logprobs_from(one, 1) for one in scored]
 
 
 def logprobs_from(scored: Scored, start: int) -> list[float]:

@@ -13,6 +13,10 @@ from rich.table import Table
 from uld_serve.errors import DataError
 
 SUMMARY = "read or make an evaluation's log and tell what was forgotten and kept"
+BENCHMARKS = {
+    "tofu": "uld_serve.evaluation.tofu_command",
+    "rwku": "uld_serve.evaluation.rwku_command",
+}
 # Packages of the extra, by the module that is asked for.
 NEEDED = ("scipy.stats", "rouge_score.rouge_scorer")
 
@@ -41,11 +45,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "paper has it",
     )
     logs.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
-    if _missing() is None:
-        # What it imports comes with the extra.
-        importlib.import_module("uld_serve.evaluation.tofu_command").add_parser(benchmarks)
-    else:
-        benchmarks.add_parser("tofu", help="needs the extra evaluation")
+    for name, module in BENCHMARKS.items():
+        if _missing() is None:
+            # What it imports comes with the extra.
+            importlib.import_module(module).add_parser(benchmarks)
+        else:
+            benchmarks.add_parser(name, help="needs the extra evaluation")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     missing = _missing()
     if missing is not None:
         raise DataError(f"eval needs the package {missing}: pip install 'uld-serve[evaluation]'")
-    if args.benchmark == "tofu":
-        status: int = importlib.import_module("uld_serve.evaluation.tofu_command").run(args)
+    if args.benchmark in BENCHMARKS:
+        status: int = importlib.import_module(BENCHMARKS[args.benchmark]).run(args)
         return status
     return _tofu_logs(args)
 

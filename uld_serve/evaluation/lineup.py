@@ -23,9 +23,11 @@ from uld_serve.profiles.store import read_profile
 BASE, REFERENCE = "base", "reference"
 
 
-def add_options(parser: argparse.ArgumentParser, *, reference: str, max_tokens: int | None) -> None:
-    """`reference` is the help for that option; `max_tokens` the default for the longest answer, None where the
-    benchmark has no such option."""
+def add_options(
+    parser: argparse.ArgumentParser, *, reference: str | None = None, max_tokens: int | None = None
+) -> None:
+    """`reference` is the help for that option, `max_tokens` the default of that one; None where a benchmark has no
+    such option."""
     parser.add_argument("--limit", type=int, metavar="N", help="the first N of each section")
     parser.add_argument("--model", metavar="ID_OR_PATH", help="the base; default: the embedded one")
     parser.add_argument("--profiles", type=Path, default=BUILTIN, metavar="DIR", help="default: built in")
@@ -38,7 +40,8 @@ def add_options(parser: argparse.ArgumentParser, *, reference: str, max_tokens: 
         help="profiles that one method gave with several seeds: asked one by one, and reported as mean and spread too; "
         "may be repeated",
     )
-    parser.add_argument("--reference", metavar="ID_OR_PATH", help=reference)
+    if reference is not None:
+        parser.add_argument("--reference", metavar="ID_OR_PATH", help=reference)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     if max_tokens is not None:
         parser.add_argument(
