@@ -144,7 +144,7 @@ def test_answers_and_likelihoods_are_the_engines_own(
 def test_people_are_read_alike_from_folders_one_folder_json_lines_and_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     people = read_people(str(write_people(tmp_path / "people")))
     assert [person.name for person in people] == list(PEOPLE)
     assert people[0].probes["forget_level1"] == [Probe("Ann Lee wrote ___.", "Owl", "cloze")]

@@ -94,7 +94,7 @@ def test_configurations_of_a_dataset_are_read_by_the_package_datasets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder as it lies on the hub goes through the same code as an id."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "dataset"
     (folder / "All").mkdir(parents=True)
     (folder / "All" / "level1.json").write_text('[{"query": "q ___", "answer": "a"}]')

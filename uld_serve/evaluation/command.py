@@ -16,6 +16,7 @@ SUMMARY = "read or make an evaluation's log and tell what was forgotten and kept
 BENCHMARKS = {
     "tofu": "uld_serve.evaluation.tofu_command",
     "rwku": "uld_serve.evaluation.rwku_command",
+    "muse": "uld_serve.evaluation.muse_command",
 }
 # Packages of the extra, by the module that is asked for.
 NEEDED = ("scipy.stats", "rouge_score.rouge_scorer")
