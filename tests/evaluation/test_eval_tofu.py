@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_base import CHAT_TEMPLATE, Tiny, byte_tokenizer, write_base
+from tiny_base import CHAT_TEMPLATE, Tiny, byte_tokenizer, write_base, write_tiny_profile
 
+import uld_serve
 from uld_serve.cli import main
 from uld_serve.errors import DataError
-from uld_serve.evaluation import tofu_run
+from uld_serve.evaluation import identity, tofu_run
 from uld_serve.evaluation.questions import Question, read_questions, section_files
 from uld_serve.llm import LLM
 
@@ -92,7 +93,7 @@ def test_base_profile_and_reference_are_measured_and_reported(
     assert base["impossible"] == 0.0
     assert forgetting["sections"]["forget"] != base["sections"]["forget"]
     report = (tmp_path / "out" / "report.md").read_text()
-    assert f"| {name} | forget | 4 |" in report
+    assert f"| {name} | 4 |" in report
     for picture in ("quality.png", "truth-ratios.png"):
         assert f"]({picture})" in report
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
@@ -209,6 +210,85 @@ def test_another_chat_template_or_tokenizer_is_another_question(
     assert len(asked) == 12
 
 
+def test_another_config_device_or_engine_is_another_question(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tensors under another config.json are another model."""
+    folder = write_base(tmp_path / "model")
+    again = [*command, "--model", str(folder), "--limit", "1"]
+    asked = count_asked(monkeypatch)
+    assert main(again) == 0
+    config = json.loads((folder / "config.json").read_text())
+    config["rms_norm_eps"] = 1e-3
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(again) == 0
+    assert len(asked) == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "device_name", lambda device: "another")
+        assert main(again) == 0
+        assert len(asked) == 12
+    monkeypatch.setattr(identity, "__version__", "0.0.0")
+    assert main(again) == 0
+    assert len(asked) == 16
+    assert main(again) == 0
+    assert len(asked) == 16
+
+
+def test_summary_says_what_was_asked(
+    command: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--limit", "1"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["benchmark"], record["data"], record["limit"]) == ("tofu", str(data), 1)
+    assert (record["max_tokens"], record["temperature"], record["seed"]) == (6, 0.0, None)
+    assert set(record["questions"]) == {"retain", "real_authors", "world_facts", "forget"}
+    assert record["engine"]["uld-serve"] == uld_serve.__version__
+    # Everything was written beside its place and then moved there.
+    assert [path for path in (tmp_path / "out").rglob("*") if path.name.endswith(".part")] == []
+
+
+def test_a_profile_called_like_an_unfiltered_copy_is_measured_as_itself(
+    tiny: Tiny, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "profiles"
+    first, second = "unfiltered-0", "unfiltered-1"
+    for seed, name in enumerate((first, second, "plain")):
+        rule: dict[str, object] = {
+            "kind": "subtract",
+            "strength": 0.7,
+            "filter": {"mode": "fused", "tau": 0.01},
+        }
+        streams = [("assistant", 0, 2)]
+        write_tiny_profile(folder / name, tiny.base, tiny.folder, rule=rule, streams=streams, seed=seed // 2)
+    again = [*command, "--limit", "1", "--profiles", str(folder)]
+    assert main([*again, "--profile", first, "--profile", second, "--profile", "plain"]) == 0
+    subjects = json.loads(capsys.readouterr().out)["subjects"]
+    # Equal adapters under two names, and others under a third.
+    assert subjects[first]["sections"] == subjects[second]["sections"]
+    assert subjects[first]["sections"] != subjects["plain"]["sections"]
+    assert subjects[first]["impossible"] > 0
+
+
+def test_a_group_is_the_mean_and_spread_of_its_profiles(
+    tiny: Tiny, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = write_base(tmp_path / "reference", seed=5)
+    again = [*command, "--limit", "2", "--reference", str(reference)]
+    assert main([*again, "--profile", "pair", "--group", "seeds=pair,late-fork"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert list(record["subjects"]) == ["base", "pair", "late-fork"]
+    members = [record["subjects"][name]["sections"]["forget"] for name in ("pair", "late-fork")]
+    likely = [member["probability"] for member in members]
+    group = record["groups"]["seeds"]
+    assert group["members"] == ["pair", "late-fork"]
+    found = group["figures"]["sections"]["forget"]["probability"]
+    assert found["mean"] == pytest.approx(sum(likely) / 2)
+    assert found["std"] == pytest.approx(abs(likely[0] - likely[1]) / math.sqrt(2))
+    assert (found["min"], found["max"]) == (min(likely), max(likely))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"| **seeds** (mean of 2) | 2 | {found['mean']:.4f} ± {found['std']:.4f} |" in report
+
+
 def test_profiles_named_in_another_order_or_without_others_are_not_asked_again(
     tiny: Tiny, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +315,13 @@ def test_limit_takes_the_first_questions_of_each_section(
         (["--profile", "nobody"], "has no profile 'nobody'"),
         (["--profile", "a", "--profile", "a"], "twice"),
         (["--profile", "base"], "rows of that name"),
+        (["--group", "alone=pair"], "at least two different profiles"),
+        (["--group", "twice=pair,pair"], "at least two different profiles"),
+        (["--group", "Pair,ranked"], "at least two different profiles"),
+        (["--group", "pair=pair,ranked"], "is a group and a profile"),
+        (["--group", "a=pair,nobody"], "has no profile 'nobody'"),
+        (["--group", "reference=pair,ranked"], "rows of that name"),
+        (["--group", "a=pair,ranked", "--group", "a=pair,ranked"], "twice"),
         (["--limit", "0"], "at least 1"),
         (["--max-tokens", "0"], "at least 1"),
         (["--split", "forget05"], "forget05_perturbed.jsonl cannot be read"),

@@ -61,10 +61,15 @@ class Tokenizer:
                 "the model's chat template refuses these messages", param="messages"
             ) from error
 
+    def encode_more(self, text: str) -> list[int]:
+        """Token ids of a text that follows others: nothing is put in front."""
+        with self._lock:
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
+
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an assistant's turn: what follows encode_chat, with the token that ends it."""
+        ids = self.encode_more(text)
         with self._lock:
-            ids = list(self._tokenizer.encode(text, add_special_tokens=False))
             end = self._tokenizer.eos_token_id
         return ids if end is None else [*ids, int(end)]
 

@@ -13,8 +13,10 @@ from rich.table import Table
 from uld_serve.errors import DataError
 
 SUMMARY = "read or make an evaluation's log and tell what was forgotten and kept"
-MODELS_ASKED = {
+BENCHMARKS = {
     "tofu": "uld_serve.evaluation.tofu_command",
+    "rwku": "uld_serve.evaluation.rwku_command",
+    "muse": "uld_serve.evaluation.muse_command",
     "probes": "uld_serve.evaluation.probes_command",
 }
 # Packages of the extra, by the module that is asked for.
@@ -45,12 +47,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "paper has it",
     )
     logs.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
-    if _missing() is None:
-        # What it imports comes with the extra.
-        for module in MODELS_ASKED.values():
+    for name, module in BENCHMARKS.items():
+        if _missing() is None:
+            # What it imports comes with the extra.
             importlib.import_module(module).add_parser(benchmarks)
-    else:
-        for name in MODELS_ASKED:
+        else:
             benchmarks.add_parser(name, help="needs the extra evaluation")
 
 
@@ -59,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
     missing = _missing()
     if missing is not None:
         raise DataError(f"eval needs the package {missing}: pip install 'uld-serve[evaluation]'")
-    if args.benchmark in MODELS_ASKED:
-        status: int = importlib.import_module(MODELS_ASKED[args.benchmark]).run(args)
+    if args.benchmark in BENCHMARKS:
+        status: int = importlib.import_module(BENCHMARKS[args.benchmark]).run(args)
         return status
     return _tofu_logs(args)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from uld_serve.errors import DataError
+from uld_serve.evaluation.kept import write_whole
 from uld_serve.evaluation.tofu import Array, Samples
 
 SECTIONS = ("retain", "real_authors", "world_facts", "forget")
@@ -69,9 +70,9 @@ def read_log(path: Path) -> EvalLog:
 
 
 def write_log(path: Path, sections: Mapping[str, Samples]) -> None:
-    """In the first form."""
+    """In the first form, all or nothing."""
     whole = {name: section_record(samples) for name, samples in sections.items()}
-    path.write_text(json.dumps(whole) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(whole) + "\n")
 
 
 def section_record(samples: Samples) -> dict[str, object]:

@@ -18,20 +18,21 @@ class _Score(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RougeL:
-    """By the longest common subsequence of words, Porter-stemmed, in lower case."""
+    """By the longest common subsequence of words, in lower case."""
 
     recall: float
-    """Over the truth's words: TOFU's choice."""
+    """Over the truth's words: TOFU's and RWKU's choice."""
     f1: float
     """MUSE's choice, for VerbMem (a continuation against the text) and KnowMem (an answer against the right one)."""
 
 
-def rouge_l(answer: str, truth: str) -> RougeL:
-    """Zeros where either has no word."""
-    score: _Score = _scorer().score(truth, answer)["rougeL"]
+def rouge_l(answer: str, truth: str, *, stems: bool = True) -> RougeL:
+    """Zeros where either has no word. With `stems` words are Porter-stemmed, as TOFU's code has it; MUSE's and RWKU's
+    compare them as they are."""
+    score: _Score = _scorer(stems).score(truth, answer)["rougeL"]
     return RougeL(recall=float(score.recall), f1=float(score.fmeasure))
 
 
 @cache
-def _scorer() -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=True)
+def _scorer(stems: bool) -> RougeScorer:
+    return RougeScorer(["rougeL"], use_stemmer=stems)

@@ -1,87 +1,82 @@
-"""An evaluation as pictures: forget quality against model utility, and where truth ratios lie. Called by the eval
-command. matplotlib comes with the extra `plot` only; without it there are no pictures."""
+"""What the evaluations' pictures share: matplotlib where it is installed, marks, bars, and files replaced whole. Called
+by the benchmarks' pictures. matplotlib comes with the extra `plot` only; without it there are no pictures."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from uld_serve.evaluation.groups import Figures
+from uld_serve.evaluation.kept import scratch_of
+from uld_serve.evaluation.table import number_at
 
-from uld_serve.evaluation.tofu import Samples, TruthRatio, truth_ratios
-
-QUALITY, RATIOS = "quality.png", "truth-ratios.png"
-# Marks as well as colours: prints may be grey.
+# Marks and hatches as well as colours: prints may be grey.
 MARKS = "osD^vP*Xh<>"
 DASHES = ("-", "--", "-.", ":")
-LEAST_P = 1e-30
-"""Below it a p-value is drawn at the edge."""
+HATCHES = ("", "//", "..", "\\\\", "xx", "++")
 
 
-def draw(
-    folder: Path,
-    figures: Mapping[str, Mapping[str, Any]],
-    forgotten: Mapping[str, Samples],
-    *,
-    split: str,
-    variant: TruthRatio,
-) -> list[str]:
-    """Names of the pictures drawn: none without matplotlib. `figures` are summaries, `forgotten` the forget sections,
-    both by subject; forget quality needs a reference."""
+def new_figure(width: float, height: float) -> Any:
+    """In inches; None without matplotlib."""
     try:
         figure: Any = importlib.import_module("matplotlib.figure").Figure
     except ImportError:
-        return []
-    drawn = [RATIOS]
-    _ratios(figure(figsize=(7, 4.5), layout="constrained"), forgotten, split, variant).savefig(
-        folder / RATIOS, dpi=120
-    )
-    if all(one["forget_quality"] is not None for one in figures.values()):
-        _quality(figure(figsize=(7, 5.5), layout="constrained"), figures, split).savefig(
-            folder / QUALITY, dpi=120
+        return None
+    return figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Any, path: Path) -> str:
+    """As PNG. Its name."""
+    scratch = scratch_of(path)
+    figure.savefig(scratch, dpi=120, format="png")
+    scratch.replace(path)
+    return path.name
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A bar's height, and from where to where a group's members reach."""
+
+    value: float
+    low: float
+    high: float
+
+
+def range_at(figures: Figures, path: Sequence[str]) -> Range | None:
+    """None where there is no such figure."""
+    found = number_at(figures, path)
+    if isinstance(found, Mapping):
+        return Range(found["mean"], found["min"], found["max"])
+    return None if found is None else Range(found, found, found)
+
+
+def bars(axes: Any, kinds: Mapping[str, Sequence[str]], rows: Mapping[str, Figures]) -> None:
+    """A bunch of bars for each kind (its label, and the path to its figure), in it one bar for each row. Whiskers go
+    to the least and the greatest of a group."""
+    width = 0.8 / len(rows)
+    for number, (name, figures) in enumerate(rows.items()):
+        places, heights, below, above = [], [], [], []
+        for place, path in enumerate(kinds.values()):
+            found = range_at(figures, path)
+            if found is not None:
+                places.append(place + width * (number - (len(rows) - 1) / 2))
+                heights.append(found.value)
+                below.append(found.value - found.low)
+                above.append(found.high - found.value)
+        axes.bar(
+            places,
+            heights,
+            width,
+            label=name.replace("**", ""),
+            color=f"C{number % 10}",
+            edgecolor="white",
+            hatch=HATCHES[number % len(HATCHES)],
+            yerr=[below, above] if any(below) or any(above) else None,
+            capsize=3,
         )
-        drawn.append(QUALITY)
-    return drawn
-
-
-def _quality(figure: Any, figures: Mapping[str, Mapping[str, Any]], split: str) -> Any:
-    """As figure 3 of RKLD (arXiv 2406.01983): p linear above, to tell good ones apart, and logarithmic below, to tell
-    bad ones apart."""
-    above, below = figure.subplots(2, 1, sharex=True)
-    for number, (name, one) in enumerate(figures.items()):
-        x, p = one["model_utility"], max(one["forget_quality"]["p"], LEAST_P)
-        for axes in (above, below):
-            axes.plot(x, p, MARKS[number % len(MARKS)], color=f"C{number % 10}", markersize=8, label=name)
-    above.set(ylim=(-0.03, 1.03), ylabel="forget quality, p", title=f"TOFU, {split}: forgotten and kept")
-    below.set(yscale="log", ylabel="forget quality, p (log)", xlabel="model utility")
-    below.axhline(0.05, color="0.6", linewidth=1)
-    below.annotate(
-        "p = 0.05", (0.99, 0.05), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4"
-    )
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
-        axes.margins(x=0.15)
-    above.legend(loc="best", fontsize="small")
-    return figure
-
-
-def _ratios(figure: Any, forgotten: Mapping[str, Samples], split: str, variant: TruthRatio) -> Any:
-    axes = figure.subplots()
-    for number, (name, samples) in enumerate(forgotten.items()):
-        ratios_N = np.sort(truth_ratios(samples, variant))
-        shares: Sequence[float] = (np.arange(1, len(ratios_N) + 1) / len(ratios_N)).tolist()
-        style = DASHES[number % len(DASHES)]
-        axes.step(ratios_N, shares, style, where="post", color=f"C{number % 10}", label=name, linewidth=1.6)
-    axes.set(
-        xscale="log",
-        ylim=(0, 1.02),
-        xlabel="truth ratio: P(paraphrased answer) / P(wrong answers)",
-        ylabel="share of the forget set up to it",
-        title=f"TOFU, {split}: truth ratios ({variant} mean)",
-    )
-    axes.axvline(1.0, color="0.6", linewidth=1)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    return figure
+    axes.set_xticks(range(len(kinds)), list(kinds))
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
