@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from uld_serve.errors import InvalidRequest, UnknownProfile
+from uld_serve.errors import InvalidRequest
 from uld_serve.evaluation.unfiltered import UNFILTERED, unfiltered_copy
 from uld_serve.profiles.profile import ProfileVersion, StreamSpec
-from uld_serve.profiles.registry import BUILTIN, profile_directories
+from uld_serve.profiles.registry import BUILTIN, find_profile, profile_directories
 from uld_serve.profiles.store import read_profile, read_training_record
 
 SUMMARY = "list, show, verify or merge profiles"
@@ -111,7 +111,7 @@ def _where(stream: StreamSpec) -> str:
 
 
 def _show(args: argparse.Namespace) -> int:
-    directory, version = _find(args.profiles, args.name)
+    directory, version = find_profile(args.profiles, args.name)
     everything = {**_summary(version), "training": read_training_record(directory)}
     if args.json:
         print(json.dumps(everything))
@@ -126,7 +126,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.samples < 1 or args.max_tokens < 1:
         raise InvalidRequest("--samples and --max-tokens must be at least 1")
-    directory, version = _find(args.profiles, args.name)
+    directory, version = find_profile(args.profiles, args.name)
     options = Options(samples=args.samples, max_tokens=args.max_tokens)
     console = Console(stderr=True)
     with unfiltered_copy(directory, version) as copy, Progress(console=console, transient=True) as progress:
@@ -199,12 +199,3 @@ def _summary(version: ProfileVersion) -> dict[str, object]:
 
 def _read_all(root: Path) -> list[tuple[Path, ProfileVersion]]:
     return [(directory, read_profile(directory)) for directory in profile_directories(root)]
-
-
-def _find(root: Path, name: str) -> tuple[Path, ProfileVersion]:
-    found = _read_all(root)
-    for directory, version in found:
-        if version.name == name:
-            return directory, version
-    known = ", ".join(version.name for _, version in found) or "none"
-    raise UnknownProfile(f"there is no profile '{name}' in {root}; there is: {known}")
