@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("uld_serve.generate", "answer prompts offline, without and with a profile"),
     "train": ("uld_serve.training.command", "train a profile from forget and retain data"),
     "eval": ("uld_serve.evaluation.command", "figures that unlearning is judged by"),
+    "tune": ("uld_serve.evaluation.tune", "choose a profile's strength and filter on held-out data"),
     "bench": ("uld_serve.bench.command", "measure decode, prefill or the server"),
     "model": ("uld_serve.model.command", "convert the embedded model once and print its directory"),
     "profiles": ("uld_serve.profiles.command", "list, show, verify or merge profiles"),

@@ -10,7 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from uld_serve.data.documents import read_documents
 from uld_serve.errors import DataError
+from uld_serve.evaluation import sweep_command
 
 SUMMARY = "read or make an evaluation's log and tell what was forgotten and kept"
 BENCHMARKS = {
@@ -53,10 +55,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             importlib.import_module(module).add_parser(benchmarks)
         else:
             benchmarks.add_parser(name, help="needs the extra evaluation")
+    sweep_command.add_options(
+        benchmarks.add_parser("sweep", help=sweep_command.SUMMARY, description=sweep_command.SUMMARY)
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Raises DataError: a log that cannot be read, a package that is missing."""
+    if args.benchmark == "sweep":
+        return sweep_command.run(args, read=lambda path, kind: read_documents(path, kind=kind))
     missing = _missing()
     if missing is not None:
         raise DataError(f"eval needs the package {missing}: pip install 'uld-serve[evaluation]'")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from uld_serve.profiles.profile import FilterSpec, ProfileVersion, RuleSpec, StreamSpec
+from uld_serve.evaluation.settings import without_fused_filter
+from uld_serve.profiles.profile import ProfileVersion, StreamSpec
 from uld_serve.profiles.store import write_profile
 
 UNFILTERED = "unfiltered"
@@ -24,12 +25,11 @@ def unfiltered_copy(
     if profile.rule.filter.mode != "fused":
         yield None
         return
-    rule = RuleSpec.model_validate({**profile.rule.model_dump(), "filter": FilterSpec(mode="none")})
-    streams = tuple(_located(stream, version) for stream in profile.streams)
+    rule = without_fused_filter(profile.rule)
     with tempfile.TemporaryDirectory() as scratch:
         write_profile(
             Path(scratch) / name,
-            profile.model_copy(update={"name": name, "rule": rule, "streams": streams}),
+            profile.model_copy(update={"name": name, "rule": rule, "streams": located_streams(version)}),
             adapters={file: directory / file for file in profile.adapter_names},
             probes=version.probes.model_copy(update={"replay": ()}),
             training={"copy_of": version.ref},
@@ -37,9 +37,13 @@ def unfiltered_copy(
         yield Path(scratch) / name
 
 
-def _located(stream: StreamSpec, version: ProfileVersion) -> StreamSpec:
-    """With its model where it lies, for a copy that lies elsewhere."""
-    if stream.model is None:
-        return stream
-    model = stream.model.model_copy(update={"id": version.locate(stream.model)})
-    return stream.model_copy(update={"model": model})
+def located_streams(version: ProfileVersion) -> tuple[StreamSpec, ...]:
+    """Its streams with their models where they lie, for a copy that lies elsewhere."""
+    return tuple(
+        stream
+        if stream.model is None
+        else stream.model_copy(
+            update={"model": stream.model.model_copy(update={"id": version.locate(stream.model)})}
+        )
+        for stream in version.profile.streams
+    )

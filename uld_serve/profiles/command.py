@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from uld_serve.errors import InvalidRequest, UnknownProfile
+from uld_serve.errors import InvalidRequest
 from uld_serve.evaluation.unfiltered import UNFILTERED, unfiltered_copy
 from uld_serve.profiles.profile import ProfileVersion, StreamSpec
-from uld_serve.profiles.registry import BUILTIN, profile_directories
+from uld_serve.profiles.registry import BUILTIN, find_profile, profile_directories
 from uld_serve.profiles.store import read_profile, read_training_record
 
 SUMMARY = "list, show, verify or merge profiles"
@@ -115,7 +115,7 @@ def _where(stream: StreamSpec) -> str:
 
 
 def _show(args: argparse.Namespace) -> int:
-    directory, version = _find(args.profiles, args.name)
+    directory, version = find_profile(args.profiles, args.name)
     everything = {**_summary(version), "training": read_training_record(directory)}
     if args.json:
         print(json.dumps(everything))
@@ -133,7 +133,7 @@ def _verify(args: argparse.Namespace) -> int:
         raise InvalidRequest("--samples and --max-tokens must be at least 1")
     if len(set(args.names)) < len(args.names):
         raise InvalidRequest("one profile is named twice")
-    found = [_find(args.profiles, name) for name in args.names]
+    found = [find_profile(args.profiles, name) for name in args.names]
     options = Options(samples=args.samples, max_tokens=args.max_tokens)
     console = Console(stderr=True)
     reports = []
@@ -221,12 +221,3 @@ def _summary(version: ProfileVersion) -> dict[str, object]:
 
 def _read_all(root: Path) -> list[tuple[Path, ProfileVersion]]:
     return [(directory, read_profile(directory)) for directory in profile_directories(root)]
-
-
-def _find(root: Path, name: str) -> tuple[Path, ProfileVersion]:
-    found = _read_all(root)
-    for directory, version in found:
-        if version.name == name:
-            return directory, version
-    known = ", ".join(version.name for _, version in found) or "none"
-    raise UnknownProfile(f"there is no profile '{name}' in {root}; there is: {known}")

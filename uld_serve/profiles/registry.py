@@ -71,6 +71,16 @@ def profile_directories(root: Path) -> list[Path]:
     return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
+def find_profile(root: Path, name: str) -> tuple[Path, ProfileVersion]:
+    """Where it lies under `root`, and what it is. Raises UnknownProfile, or ProfileError for any that is unusable."""
+    found = [(directory, read_profile(directory)) for directory in profile_directories(root)]
+    for directory, version in found:
+        if version.name == name:
+            return directory, version
+    known = ", ".join(version.name for _, version in found) or "none"
+    raise UnknownProfile(f"there is no profile '{name}' in {root}; there is: {known}")
+
+
 def check_base(version: ProfileVersion, facts: BaseFacts) -> None:
     """Raise ProfileMismatch unless the profile was made for exactly this base, tokenizer and output width."""
     wanted, remedy = version.profile.base, "train the profile on this base or serve the base it was made for"
