@@ -28,7 +28,8 @@ def start_server() -> Iterator[Callable[..., LiveServer]]:
 
     def start(**catalog: object) -> LiveServer:
         engine = catalog.pop("engine", None)
-        started.append(LiveServer.start(make_catalog(**catalog), engine))
+        telemetry = catalog.pop("telemetry", None)
+        started.append(LiveServer.start(make_catalog(**catalog), engine, telemetry))
         return started[-1]
 
     yield start

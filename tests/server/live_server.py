@@ -17,6 +17,7 @@ from uld_serve.server.keys import KeyRing, sha256_of
 from uld_serve.server.listener import Listener, bound_socket
 from uld_serve.server.policy import KeyPolicy
 from uld_serve.server.settings import Limits
+from uld_serve.server.telemetry import Telemetry
 
 MODEL = "tiny-llama"
 CREATED = 1_700_000_000
@@ -49,9 +50,11 @@ class LiveServer:
     http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=10))
 
     @classmethod
-    def start(cls, catalog: Catalog, engine: FakeEngine | None = None) -> LiveServer:
+    def start(
+        cls, catalog: Catalog, engine: FakeEngine | None = None, telemetry: Telemetry | None = None
+    ) -> LiveServer:
         engine = engine or FakeEngine()
-        backend = Backend(engine)
+        backend = Backend(engine, telemetry=telemetry or Telemetry())
         sock = bound_socket("127.0.0.1", 0)
         port = sock.getsockname()[1]
         is_ready = threading.Event()

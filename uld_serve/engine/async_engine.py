@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import Decision
-from uld_serve.engine.request import Delta, SamplingParams
+from uld_serve.engine.request import Delta, Load, SamplingParams
 from uld_serve.engine.tokenizer import Tokenizer
 from uld_serve.errors import EngineStopped, Overloaded, UldError
 
@@ -69,6 +69,10 @@ class AsyncEngine:
     def heartbeat_age_s(self) -> float:
         """Seconds since the step loop last came round; it does so at least once a second when idle."""
         return time.monotonic() - self._beat
+
+    @property
+    def load(self) -> Load:
+        return self._engine.load
 
     @property
     def num_open(self) -> int:

@@ -20,14 +20,17 @@ from uld_serve.assembly import Assembly, assemble
 from uld_serve.config import EngineConfig
 from uld_serve.engine.async_engine import AsyncEngine
 from uld_serve.errors import InvalidRequest
-from uld_serve.server import audit
+from uld_serve.server import logs
 from uld_serve.server.admission import Backend
 from uld_serve.server.app import create_app
+from uld_serve.server.audit import AuditLog
 from uld_serve.server.catalog import Catalog
 from uld_serve.server.keys import KeyRing, sha256_of
 from uld_serve.server.listener import Listener, bound_socket, is_loopback
 from uld_serve.server.policy import KeyPolicy
 from uld_serve.server.settings import ServerSettings, check_profiles_exist, checked_settings, read_settings
+from uld_serve.server.telemetry import Telemetry
+from uld_serve.server.tracing import Tracing
 
 KEY_VARIABLE = "ULD_SERVE_API_KEY"
 MIN_KEY_CHARS = 16
@@ -83,15 +86,18 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     keys = key_ring(settings, os.environ)
     require_safe_address(settings.host, keys)
-    if settings.audit_log is not None:
-        audit.write_to(settings.audit_log)
+    logs.configure(settings.log)
+    telemetry = Telemetry(
+        audit=None if settings.audit_log is None else AuditLog(settings.audit_log, settings.audit),
+        tracing=Tracing.start() if settings.tracing else None,
+    )
     console = Console(stderr=True, highlight=False)
     with bound_socket(settings.host, settings.port) as sock:
         with console.status("loading the model and its profiles"):
             assembly = _assemble(settings)
             check_profiles_exist(settings.keys, assembly.registry)
         catalog = _catalog(assembly, settings, keys)
-        backend = Backend(AsyncEngine(assembly.engine))
+        backend = Backend(AsyncEngine(assembly.engine), telemetry=telemetry)
         url = f"http://{_in_url(settings.host)}:{sock.getsockname()[1]}"
         listener = Listener(
             create_app(catalog, backend),

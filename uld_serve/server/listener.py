@@ -115,7 +115,7 @@ class Listener(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 loop="asyncio",
-                log_level="warning",
+                log_config=None,
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
