@@ -10,25 +10,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from uld_serve.engine.plan import Decision
-from uld_serve.errors import ProfileError
 
 
 @dataclass(slots=True, eq=False)
 class Leases:
-    """`withdrawn` digests are leased to nobody any more."""
+    """To be taken in the moment in which the registry is read, so that nothing is unloaded in between."""
 
-    withdrawn: set[str] = field(default_factory=set)
     _held: Counter[str] = field(default_factory=Counter)
     _given_back: asyncio.Event = field(default_factory=asyncio.Event)
 
     @contextmanager
     def held(self, decision: Decision) -> Iterator[None]:
-        """A lease on every version of a decision. Raises ProfileError for one that has been unloaded."""
+        """A lease on every version of a decision."""
         digests = {applied.version.digest for applied in decision.applied}
-        if digests & self.withdrawn:
-            raise ProfileError(
-                "a profile of this request was unloaded; send it again", code="profile_unloaded"
-            )
         self._held.update(digests)
         try:
             yield
