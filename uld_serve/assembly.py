@@ -23,6 +23,7 @@ class Assembly:
     base: Base
     engine: Engine
     registry: Registry
+    roots: tuple[Path, ...]
 
 
 def assemble(
@@ -49,7 +50,7 @@ def assemble(
     engine.prepare(list(registry), load_models(registry, base))
     for version in registry:
         admit(engine, version)
-    return Assembly(base, engine, registry)
+    return Assembly(base, engine, registry, tuple(roots))
 
 
 def load_models(versions: Iterable[ProfileVersion], base: Base) -> dict[str, Base]:

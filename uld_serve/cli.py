@@ -26,6 +26,7 @@ COMMANDS = {
     "bench": ("uld_serve.bench.command", "measure decode, prefill or the server"),
     "model": ("uld_serve.model.command", "convert the embedded model once and print its directory"),
     "profiles": ("uld_serve.profiles.command", "list, show, verify or merge profiles"),
+    "keys": ("uld_serve.server.keys_command", "make, list or revoke API keys"),
     "demo": ("uld_serve.server.demo", "one question, two answers, through a real server"),
 }
 

@@ -37,7 +37,15 @@ class EngineSettings:
     --head` measures both). On a GPU, where reading the head costs and is done anyway, it is whole until a device has
     shown from which batch on late is faster; and steps with late rows are not recorded as CUDA graphs."""
 
+    measure_every: int = 0
+    """Say what forgetting did to the first token of every request under a profile, and to each one so many further on;
+    0: to none. To measure costs about as much as a log-probability."""
+
     def __post_init__(self) -> None:
+        if self.measure_every < 0:
+            raise InvalidRequest(
+                f"measure_every must be 0 or more, not {self.measure_every}", param="measure_every"
+            )
         if self.head not in get_args(HeadUse):
             raise InvalidRequest(f"head must be auto, whole or late, not {self.head!r}", param="head")
         for name in (
@@ -108,6 +116,7 @@ class EngineSettings:
             max_waiting=self.max_waiting,
             cuda_graphs=cuda_graphs,
             overlap=not on_cpu if self.overlap is None else self.overlap,
+            measure_every=self.measure_every,
             late_head=self.head == "late" or (self.head == "auto" and on_cpu),
         )
 
@@ -129,4 +138,5 @@ class EngineConfig:
     max_waiting: int
     cuda_graphs: bool
     overlap: bool
+    measure_every: int
     late_head: bool

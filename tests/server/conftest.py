@@ -28,7 +28,12 @@ def start_server() -> Iterator[Callable[..., LiveServer]]:
 
     def start(**catalog: object) -> LiveServer:
         engine = catalog.pop("engine", None)
-        started.append(LiveServer.start(make_catalog(**catalog), engine))
+        rest = {
+            name: catalog.pop(name)
+            for name in ("telemetry", "host", "roots", "unload_wait_s")
+            if name in catalog
+        }
+        started.append(LiveServer.start(make_catalog(**catalog), engine, **rest))
         return started[-1]
 
     yield start

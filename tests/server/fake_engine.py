@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from uld_serve.engine.plan import Decision
-from uld_serve.engine.request import Delta, Receipt, ReceiptEntry, SamplingParams, TokenLogprob, Usage
+from uld_serve.engine.request import Delta, Load, Receipt, ReceiptEntry, SamplingParams, TokenLogprob, Usage
 from uld_serve.errors import InvalidRequest, UldError
 from uld_serve.profiles.probes import Probes
 from uld_serve.profiles.profile import Profile, ProfileVersion
@@ -108,6 +108,10 @@ class FakeEngine:
     heartbeat_age_s: float = 0.0
     calls: list[Call] = field(default_factory=list)
     num_running: int = 0
+
+    @property
+    def load(self) -> Load:
+        return Load(self.num_running, 0, self.num_running / 10, 0)
 
     def start(self) -> None:
         self.is_alive = True

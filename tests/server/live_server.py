@@ -5,18 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 from fake_engine import MAX_MODEL_LEN, FakeEngine, FakeTokenizer, registry
+from fastapi import FastAPI
 from openai import OpenAI
 
+from uld_serve.profiles.registry import Registry
+from uld_serve.server.admin import Desk, create_admin_app
 from uld_serve.server.admission import Backend
 from uld_serve.server.app import create_app
 from uld_serve.server.catalog import Catalog
 from uld_serve.server.keys import KeyRing, sha256_of
-from uld_serve.server.listener import Listener, bound_socket
+from uld_serve.server.listener import Beside, Listener, bound_socket
+from uld_serve.server.loader import Host, Loader
 from uld_serve.server.policy import KeyPolicy
 from uld_serve.server.settings import Limits
+from uld_serve.server.telemetry import Telemetry
 
 MODEL = "tiny-llama"
 CREATED = 1_700_000_000
@@ -27,10 +33,11 @@ def make_catalog(
     keys: dict[str, KeyPolicy] | None = None,
     limits: Limits | None = None,
     tokenizer: FakeTokenizer | None = None,
+    profiles: Registry | None = None,
 ) -> Catalog:
     return Catalog(
         model=MODEL,
-        registry=registry(),
+        registry=registry() if profiles is None else profiles,
         tokenizer=tokenizer or FakeTokenizer(),
         max_model_len=MAX_MODEL_LEN,
         created=CREATED,
@@ -46,20 +53,47 @@ class LiveServer:
     listener: Listener
     thread: threading.Thread
     port: int
+    admin_port: int | None = None
+    loader: Loader | None = None
+    apps: list[FastAPI] = field(default_factory=list)
     http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=10))
 
     @classmethod
-    def start(cls, catalog: Catalog, engine: FakeEngine | None = None) -> LiveServer:
+    def start(
+        cls,
+        catalog: Catalog,
+        engine: FakeEngine | None = None,
+        telemetry: Telemetry | None = None,
+        host: Host | None = None,
+        roots: tuple[Path, ...] = (),
+        unload_wait_s: float = 10.0,
+    ) -> LiveServer:
+        """With a `host` there is an admin listener, which takes profiles from `roots`."""
         engine = engine or FakeEngine()
-        backend = Backend(engine)
+        backend = Backend(engine, telemetry=telemetry or Telemetry())
         sock = bound_socket("127.0.0.1", 0)
         port = sock.getsockname()[1]
         is_ready = threading.Event()
-        listener = Listener(create_app(catalog, backend), backend, catalog.limits, on_ready=is_ready.set)
+        app, beside, loader, admin_port = create_app(catalog, backend), None, None, None
+        apps = [app]
+        if host is not None:
+            loader = Loader(
+                catalog.registry,
+                roots,
+                host,
+                backend.leases,
+                backend.in_flight,
+                policies=lambda: app.state.catalog.keys.policies.values(),
+            )
+            admin_sock = bound_socket("127.0.0.1", 0)
+            admin_port = admin_sock.getsockname()[1]
+            apps.append(create_admin_app(catalog, Desk(backend, loader, unload_wait_s)))
+            beside = Beside(apps[-1], catalog.limits, admin_sock)
+        listener = Listener(app, backend, catalog.limits, on_ready=is_ready.set, beside=beside)
         thread = threading.Thread(target=listener.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
         assert is_ready.wait(10)
-        return cls(engine, backend, listener, thread, port)
+        return cls(engine, backend, listener, thread, port, admin_port, loader, apps)
 
     @property
     def url(self) -> str:
@@ -73,6 +107,12 @@ class LiveServer:
 
     def get(self, path: str, **kwargs: object) -> httpx.Response:
         return self.http.get(self.url + path, **kwargs)
+
+    def admin(self, method: str, path: str, key: str | None = None, **kwargs: object) -> httpx.Response:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return self.http.request(
+            method, f"http://127.0.0.1:{self.admin_port}{path}", headers=headers, **kwargs
+        )
 
     def reset(self) -> None:
         """A fresh fake's behaviour, the same server."""

@@ -59,7 +59,9 @@ def config(tmp_path: Path) -> Path:
 def test_file_is_read(config: Path) -> None:
     settings = read_settings(config)
     assert (settings.host, settings.port) == ("0.0.0.0", 9000)
-    assert settings.engine == EngineSettings(max_model_len=2048, max_num_seqs=7, adapter_bytes=5000)
+    assert settings.engine == EngineSettings(
+        max_model_len=2048, max_num_seqs=7, adapter_bytes=5000, measure_every=32
+    )
     assert settings.limits.body_bytes == 65536
     tenant, operator = (key.policy for key in settings.keys)
     assert tenant.mandatory == {"secret"}

@@ -14,12 +14,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import Decision
-from uld_serve.engine.request import Delta, SamplingParams
+from uld_serve.engine.request import Delta, Load, SamplingParams
 from uld_serve.engine.tokenizer import Tokenizer
 from uld_serve.errors import EngineStopped, Overloaded, UldError
+
+ResultT = TypeVar("ResultT")
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,12 @@ class _Stream:
     def put(self, item: Delta | UldError) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+
+
+def _tell(done: asyncio.Future[ResultT], tell: Callable[[], None]) -> None:
+    """Once, in the event loop that waits; nobody is told who has stopped waiting."""
+    with contextlib.suppress(RuntimeError):
+        done.get_loop().call_soon_threadsafe(lambda: None if done.done() else tell())
 
 
 class AsyncEngine:
@@ -69,6 +79,10 @@ class AsyncEngine:
     def heartbeat_age_s(self) -> float:
         """Seconds since the step loop last came round; it does so at least once a second when idle."""
         return time.monotonic() - self._beat
+
+    @property
+    def load(self) -> Load:
+        return self._engine.load
 
     @property
     def num_open(self) -> int:
@@ -126,6 +140,23 @@ class AsyncEngine:
             self._num_open -= 1
             if not is_finished:
                 self._inbox.put(lambda: self._abort(stream))
+
+    async def between_steps(self, work: Callable[[Engine], ResultT]) -> ResultT:
+        """What `work` gives, done on the engine by its own thread. Raises what it raises, or EngineStopped."""
+        done: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
+
+        def run() -> None:
+            try:
+                result = work(self._engine)
+            except Exception as error:  # noqa: BLE001 - it is the asker's, not the loop's
+                _tell(done, partial(done.set_exception, error))
+            else:
+                _tell(done, partial(done.set_result, result))
+
+        self._inbox.put(run)
+        if not self.is_alive:
+            raise self._failure or EngineStopped("the server is stopping; send the request elsewhere")
+        return await done
 
     def _refuse_if_full(self) -> None:
         if not self.is_alive:

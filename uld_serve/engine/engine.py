@@ -8,6 +8,7 @@ and what turns out to be for a request that has ended is thrown away.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from uld_serve.engine.memory import resolved
 from uld_serve.engine.plan import OWN_POOL, TARGET_POOL, Decision, Planner, ProfileVersion
 from uld_serve.engine.pools import Pools
 from uld_serve.engine.provision import Provision
-from uld_serve.engine.request import Delta, FinishReason, Receipt, SamplingParams, TokenLogprob
+from uld_serve.engine.request import Delta, FinishReason, Load, Receipt, SamplingParams, TokenLogprob
 from uld_serve.engine.runner import Runner
 from uld_serve.engine.sampler import Outcome, Sampler
 from uld_serve.engine.scheduler import Scheduler
@@ -81,6 +82,7 @@ class Engine:
                 uld_serve.__version__,
                 late_head_dtype=decoder.head.weight_WD.dtype if config.late_head else None,
                 workspace_bytes=config.sampler_bytes,
+                measure_every=config.measure_every,
             ),
         )
 
@@ -103,6 +105,12 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         return len(self.scheduler.waiting)
+
+    @property
+    def load(self) -> Load:
+        """Only counts are read, so any thread may ask."""
+        scheduler, usage = self.scheduler, self.pools.target.usage
+        return Load(len(scheduler.running), len(scheduler.waiting), usage, scheduler.num_preemptions)
 
     def validate(self, prompt_ids: list[int], params: SamplingParams) -> None:
         """Raise InvalidRequest or PromptTooLong for what can never run; touches no state, so any thread may ask."""
@@ -221,6 +229,7 @@ class Engine:
         """One drawn token: its text, and whether the request is done."""
         params, token_id = sequence.params, outcome.token_id
         sequence.output_ids.append(token_id)
+        sequence.drew_at = sequence.drew_at or time.monotonic_ns()
         may_stop = len(sequence.output_ids) >= params.min_tokens
         is_eos = token_id in self.tokenizer.eos_ids and not params.ignore_eos
         text = sequence.detokenizer.push(token_id, may_stop=may_stop)
@@ -235,6 +244,7 @@ class Engine:
             logprobs=None if outcome.logprob is None else (outcome.logprob,),
             prompt_logprobs=_prompt_logprobs(sequence, after=outcome),
             receipt=sequence.receipt if len(sequence.output_ids) == 1 else None,
+            measure=outcome.measure,
         )
 
     def _finish(
@@ -262,6 +272,8 @@ class Engine:
             error=error,
             receipt=sequence.receipt,
             usage=sequence.usage,
+            measure=None if outcome is None else outcome.measure,
+            timing=sequence.timing,
         )
 
     def _fail(self, sequence: Sequence, error: UldError) -> Delta:

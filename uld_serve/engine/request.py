@@ -116,13 +116,63 @@ class Usage:
     cached_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What the rules did to one drawn token's scores. `kl_nats`: KL(fused || target); `num_kept`: tokens that filters
+    and rules left; `argmax_changed`: the likeliest token is no longer the target's."""
+
+    kl_nats: float
+    num_kept: int
+    argmax_changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When a request was added (Unix time) and how long it was queued, in its prompt, and being answered, in
+    nanoseconds. None for what it did not come to."""
+
+    added_ns: int
+    queue_ns: int
+    prefill_ns: int | None
+    decode_ns: int | None
+
+    @property
+    def queued_s(self) -> float:
+        return self.queue_ns / 1e9
+
+    @property
+    def phases(self) -> list[tuple[str, int, int]]:
+        """(name, start, end) of each, in Unix nanoseconds."""
+        found, start = [], self.added_ns
+        for name, length in (
+            ("queue", self.queue_ns),
+            ("prefill", self.prefill_ns),
+            ("decode", self.decode_ns),
+        ):
+            if length is None:
+                break
+            found.append((name, start, start + length))
+            start += length
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an engine has to do now. `cache_usage`: share of the target's keys and values in use, 0 to 1."""
+
+    num_running: int
+    num_waiting: int
+    cache_usage: float
+    num_preemptions: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """What one step added to one request. The last one has `finish_reason`; then `usage` is set too.
 
     `text` never ends in a broken UTF-8 sequence; it may be empty while bytes or a possible stop string are
     held back. The first Delta and the last carry the receipt; the first carries prompt log-probabilities
-    (one entry per prompt token, None for the first).
+    (one entry per prompt token, None for the first). `measure` is of the drawn token, where the engine measures.
     """
 
     request_id: str
@@ -134,3 +184,5 @@ class Delta:
     error: UldError | None = None
     receipt: Receipt | None = None
     usage: Usage | None = None
+    measure: Measure | None = None
+    timing: Timing | None = None

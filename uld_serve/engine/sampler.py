@@ -16,8 +16,10 @@ import torch
 from uld_kernels import SampleShape, StaticSampler, Workspace, ops, rules
 from uld_kernels.rows import SMALLEST_TEMPERATURE, SampleOutput, SampleRow, ScoreOutput, Term
 
+from uld_serve.engine import measures
 from uld_serve.engine.batch import Drawn, Want
-from uld_serve.engine.request import Receipt, TokenLogprob
+from uld_serve.engine.measures import MeasureColumns
+from uld_serve.engine.request import Measure, Receipt, TokenLogprob
 from uld_serve.engine.sequence import Sequence
 from uld_serve.engine.streams import Plan
 from uld_serve.engine.tokenizer import Tokenizer
@@ -35,6 +37,7 @@ class Outcome:
     logprob: TokenLogprob | None
     receipt: Receipt
     error: UldError | None = None
+    measure: Measure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class _Part:
     status_B: torch.Tensor
     logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     digests: list[tuple[int, ...]]
+    measures: MeasureColumns | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class Sampler:
     """Of the head whose rows are scored late; None where all are scored whole."""
     workspace_bytes: int = 0
     """What static samplers share; 0 lets each have its own."""
+    measure_every: int = 0
     protected_ids: torch.Tensor = field(init=False)
     _ids_device: torch.device = field(init=False)
     _workspace: Workspace | None = field(init=False, default=None)
@@ -164,7 +169,9 @@ class Sampler:
         logprobs = None
         if wants[0].target_id is not None or {want.sequence.params.logprobs for want in wants} != {None}:
             logprobs = to_host(out.logprob_B), to_host(out.top_ids_BN), to_host(out.top_logprobs_BN)
-        return _Part(wants, token_ids_B, to_host(out.status_B), logprobs, out.digests)
+        is_due = any(measures.is_due(want, self.measure_every) for want in wants)
+        columns = measures.columns(out) if is_due else None
+        return _Part(wants, token_ids_B, to_host(out.status_B), logprobs, out.digests, columns)
 
     def _outcomes(self, part: _Part) -> list[Outcome]:
         statuses, token_ids = part.status_B.tolist(), part.token_ids_B.tolist()
@@ -179,7 +186,9 @@ class Sampler:
                 top = zip(top_ids[row], top_logprobs[row], strict=True)
                 best = tuple((i, self.tokenizer.token_text(i), value) for i, value in top if i >= 0)
                 logprob = self._token_logprob(token_ids[row], values[row], best[: self._num_logprobs(want)])
-            outcomes.append(Outcome(want, token_ids[row], logprob, receipt, error))
+            is_measured = error is None and measures.is_due(want, self.measure_every)
+            measure = part.measures.of(row) if part.measures is not None and is_measured else None
+            outcomes.append(Outcome(want, token_ids[row], logprob, receipt, error, measure))
         return outcomes
 
     def _token_logprob(
@@ -237,7 +246,7 @@ class Sampler:
             logit_bias=self._bias(sequence),
             banned_ids=self._banned(sequence, num_drawn),
             num_logprobs=params.logprobs or 0,
-            is_measured=params.logprobs is not None,
+            is_measured=params.logprobs is not None or measures.is_due(want, self.measure_every),
         )
 
     def _bias(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -12,6 +12,7 @@ as if nobody ended in it.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -126,6 +127,7 @@ class Scheduler:
                 return
             if sequence.num_cached is None:
                 sequence.num_cached = sequence.num_computed
+                sequence.started_at = time.monotonic_ns()
             self.waiting.remove(sequence)
             self.running.append(sequence)
             sequence.is_preempted = False

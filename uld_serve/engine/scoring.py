@@ -82,15 +82,21 @@ def replay(engine: Engine, version: ProfileVersion) -> None:
     decision = Decision.of_version(version)
     probes = version.probes.replay
     scored = score(engine, [[*probe.prompt_ids, *probe.answer_ids] for probe in probes], decision, top=0)
-    for number, (probe, entries) in enumerate(zip(probes, scored, strict=True)):
-        answer = entries[len(probe.prompt_ids) :]
-        nll = -sum(entry.logprob for entry in answer if entry is not None) / len(answer)
-        tolerance = REPLAY_TOLERANCE_NATS + REPLAY_TOLERANCE_SHARE * probe.nll_fused
-        if not abs(nll - probe.nll_fused) <= tolerance:
-            raise ProfileMismatch(
-                f"profile '{version.name}' does not reproduce its replay probe {number}: negative log-likelihood "
-                f"{nll:.3f} nats a token here, {probe.nll_fused:.3f} when it was made; train it again on this base"
-            )
+    for number, entries in enumerate(scored):
+        check_replayed(version, number, entries)
+
+
+def check_replayed(version: ProfileVersion, number: int, entries: Sequence[TokenLogprob | None]) -> None:
+    """`entries`: the scores of replay probe `number`. Raises ProfileMismatch."""
+    probe = version.probes.replay[number]
+    answer = entries[len(probe.prompt_ids) :]
+    nll = -sum(entry.logprob for entry in answer if entry is not None) / len(answer)
+    tolerance = REPLAY_TOLERANCE_NATS + REPLAY_TOLERANCE_SHARE * probe.nll_fused
+    if not abs(nll - probe.nll_fused) <= tolerance:
+        raise ProfileMismatch(
+            f"profile '{version.name}' does not reproduce its replay probe {number}: negative log-likelihood "
+            f"{nll:.3f} nats a token here, {probe.nll_fused:.3f} when it was made; train it again on this base"
+        )
 
 
 def admit(engine: Engine, version: ProfileVersion) -> None:
@@ -106,6 +112,8 @@ def admit(engine: Engine, version: ProfileVersion) -> None:
             f"{engine.config.max_model_len}; raise that"
         ) from error
     except UldError as error:
-        raise ProfileMismatch(
-            f"profile '{version.name}' cannot be run on this base: {error.message}"
-        ) from error
+        raise cannot_run(version, error) from error
+
+
+def cannot_run(version: ProfileVersion, error: UldError) -> ProfileMismatch:
+    return ProfileMismatch(f"profile '{version.name}' cannot be run on this base: {error.message}")

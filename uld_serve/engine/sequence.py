@@ -3,11 +3,12 @@ no tensor."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from uld_serve.engine.block_pool import BlockKeys
 from uld_serve.engine.detokenizer import Detokenizer
-from uld_serve.engine.request import Receipt, SamplingParams, TokenLogprob, Usage
+from uld_serve.engine.request import Receipt, SamplingParams, Timing, TokenLogprob, Usage
 from uld_serve.engine.streams import Plan
 
 
@@ -68,6 +69,11 @@ class Sequence:
     num_cached: int | None = None
     prompt_scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     receipt: Receipt | None = None
+    added_ns: int = field(default_factory=time.time_ns)
+    added_at: int = field(default_factory=time.monotonic_ns)
+    started_at: int | None = None
+    """When it first ran, and below when its first token was drawn; monotonic, in nanoseconds."""
+    drew_at: int | None = None
 
     @property
     def block_ids(self) -> list[int]:
@@ -113,6 +119,18 @@ class Sequence:
     @property
     def usage(self) -> Usage:
         return Usage(len(self.prompt_ids), len(self.output_ids), self.num_cached or 0)
+
+    @property
+    def timing(self) -> Timing:
+        """Until now, which is its end."""
+        now = time.monotonic_ns()
+        started, drew = self.started_at, self.drew_at
+        return Timing(
+            added_ns=self.added_ns,
+            queue_ns=(now if started is None else started) - self.added_at,
+            prefill_ns=None if started is None else (now if drew is None else drew) - started,
+            decode_ns=None if drew is None else now - drew,
+        )
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Token ids at positions [start, start + count)."""

@@ -73,6 +73,13 @@ class AdapterBank:
         self._users.pop(key, None)
         self._drop(slot)
 
+    def evict_all(self, prefix: str) -> int:
+        """The same for every adapter whose key begins so, but for those in use; how many."""
+        unused = [key for key in self._slots if key.startswith(prefix) and not self._users.get(key, 0)]
+        for key in unused:
+            self.evict(key)
+        return len(unused)
+
     def check(self, key: str, slot: int) -> None:
         """Raise if this is not the adapter in that slot: its rows would otherwise run as the base's."""
         if self._slots.get(key) != slot:

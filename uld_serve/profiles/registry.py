@@ -1,4 +1,5 @@
-"""Which profiles this process knows: name -> verified version. Filled once at start; read by server and LLM.
+"""Which profiles this process knows: name -> verified version. Filled at start, changed by the server's operators; read
+by server and LLM. Versions are immutable: whoever got one keeps it, whatever its name means afterwards.
 
 Knows nothing of requests or models; whether a version fits a running base is check_base's question.
 """
@@ -16,7 +17,7 @@ BUILTIN = Path(__file__).parent / "builtin"
 
 
 class Registry:
-    """Versions by name. A name means one digest for the life of the registry."""
+    """Versions by name. A name means one digest until `replace` or `remove`."""
 
     def __init__(self, versions: Iterable[ProfileVersion] = ()) -> None:
         self._versions: dict[str, ProfileVersion] = {}
@@ -40,6 +41,18 @@ class Registry:
             raise ProfileError(
                 f"profile '{version.name}' is there twice, as {known.ref} and as {version.ref}; remove one"
             )
+
+    def replace(self, version: ProfileVersion) -> ProfileVersion | None:
+        """From now on the name means this version; what it meant before."""
+        before = self._versions.get(version.name)
+        self._versions[version.name] = version
+        return before
+
+    def remove(self, name: str) -> ProfileVersion:
+        """Raises UnknownProfile (404)."""
+        version = self.get(name)
+        del self._versions[name]
+        return version
 
     def get(self, name: str) -> ProfileVersion:
         """Raises UnknownProfile (404)."""

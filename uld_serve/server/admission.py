@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -20,13 +20,14 @@ from starlette.types import Receive
 from uld_serve.engine.async_engine import AsyncEngine
 from uld_serve.engine.plan import Decision
 from uld_serve.engine.request import Delta
-from uld_serve.errors import InvalidRequest, UldError
-from uld_serve.server import audit
+from uld_serve.errors import EngineStopped, InvalidRequest
 from uld_serve.server.body import read_body
 from uld_serve.server.catalog import Catalog, catalog_of, policy_of
+from uld_serve.server.edge import holds_of
 from uld_serve.server.generation import Answer, Choice, Generation
 from uld_serve.server.in_flight import InFlight
 from uld_serve.server.json_gate import parse_object
+from uld_serve.server.leases import Leases
 from uld_serve.server.policy import (
     KeyPolicy,
     Selection,
@@ -42,7 +43,9 @@ from uld_serve.server.protocol import (
     ForgetRequest,
     ModelRequest,
 )
+from uld_serve.server.telemetry import Telemetry
 from uld_serve.server.validation import check_request
+from uld_serve.server.watch import Facts
 
 HEADER = "X-Forget-Profile"
 
@@ -53,10 +56,12 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(slots=True)
 class Backend:
-    """What generates. `is_draining` turns true when the server has been told to stop."""
+    """What generates, and who is told of it. `is_draining` turns true when the server is to take no more requests."""
 
     engine: AsyncEngine
     in_flight: InFlight = field(default_factory=InFlight)
+    leases: Leases = field(default_factory=Leases)
+    telemetry: Telemetry = field(default_factory=Telemetry)
     is_draining: bool = False
 
 
@@ -98,11 +103,15 @@ class Admitted(Generic[RequestT]):
     decision: Decision
     policy: KeyPolicy
     catalog: Catalog
+    _route: str
+    _headers: Mapping[str, str]
     _backend: Backend
     _receive: Receive
 
     async def start(self, choices: Sequence[Choice], *, n: int) -> Generation:
-        """Run the choices under this request's Decision; returns at the first Delta."""
+        """Run the choices under this request's Decision; returns at the first Delta. Nothing runs that the audit log,
+        if there is one, cannot record."""
+        watch = self._backend.telemetry.begin(self._facts(choices, n=n), self._headers)
         return await self._unless_gone(
             Generation.start(
                 self._backend.engine,
@@ -110,6 +119,7 @@ class Admitted(Generic[RequestT]):
                 decision=self.decision,
                 policy=self.policy,
                 in_flight=self._backend.in_flight,
+                watch=watch,
                 request_id=self.id,
                 n=n,
             )
@@ -120,28 +130,21 @@ class Admitted(Generic[RequestT]):
         return await self._unless_gone(self._collected(generation))
 
     async def deltas(self, generation: Generation) -> AsyncGenerator[tuple[int, Delta], None]:
-        """The deltas of all choices, with one audit line when they end, however they end."""
-        started, outcome = time.monotonic(), "gone"
-        try:
-            async with aclosing(generation.deltas()) as deltas:
-                async for index, delta in deltas:
-                    yield index, delta
-            outcome = "ok"
-        except UldError as error:
-            outcome = error.code or error.type
-            raise
-        finally:
-            audit.record(
-                request_id=self.id,
-                key=self.policy.name,
-                user=self.request.user,
-                model=self.request.model,
-                receipt=generation.receipt.header,
-                prompt_tokens=generation.totals.prompt_tokens,
-                completion_tokens=generation.totals.completion_tokens,
-                outcome=outcome,
-                seconds=time.monotonic() - started,
-            )
+        """The deltas of all choices."""
+        async with aclosing(generation.deltas()) as deltas:
+            async for index, delta in deltas:
+                yield index, delta
+
+    def _facts(self, choices: Sequence[Choice], *, n: int) -> Facts:
+        return Facts(
+            request_id=self.id,
+            route=self._route,
+            key=self.policy.name,
+            user=self.request.user,
+            model=self.request.model,
+            decided=",".join(applied.version.ref for applied in self.decision.applied) or "none",
+            prompt_tokens=sum(len(choice.prompt.token_ids) for choice in choices[::n]),
+        )
 
     async def _collected(self, generation: Generation) -> list[Answer]:
         answers = [Answer() for _ in range(generation.num_choices)]
@@ -173,18 +176,24 @@ class Admit(Generic[RequestT]):
         self.id_prefix = id_prefix
 
     async def __call__(self, request: Request) -> Admitted[RequestT]:
-        policy, catalog = policy_of(request), catalog_of(request)
+        policy, catalog, backend = policy_of(request), catalog_of(request), _backend_of(request)
+        if backend.is_draining:
+            raise EngineStopped("the server is draining: it finishes what it has and takes no more")
         parsed = await _parsed(request, self.model)
         selection = _selection(parsed, catalog, request)
         require_logprobs_allowed(policy, parsed.logprob_fields)
+        decision = resolve(policy, selection, catalog.registry)
+        holds_of(request).enter_context(backend.leases.held(decision))
         return Admitted(
             id=f"{self.id_prefix}-{uuid.uuid4().hex}",
             created=int(time.time()),
             request=parsed,
-            decision=resolve(policy, selection, catalog.registry),
+            decision=decision,
             policy=policy,
             catalog=catalog,
-            _backend=_backend_of(request),
+            _route=request.url.path,
+            _headers=request.headers,
+            _backend=backend,
             _receive=request.receive,
         )
 

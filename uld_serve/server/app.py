@@ -13,6 +13,7 @@ from uld_serve import __version__
 from uld_serve.server import chat, completions, faults, models, status, tokens
 from uld_serve.server.admission import Backend
 from uld_serve.server.catalog import Catalog
+from uld_serve.server.edge import Edge
 from uld_serve.server.openapi import document
 from uld_serve.server.responses import ErrorResponse
 
@@ -44,6 +45,9 @@ def create_app(catalog: Catalog, backend: Backend) -> FastAPI:
     )
     app.state.catalog = catalog
     app.state.backend = backend
+    app.add_middleware(Edge, metrics=backend.telemetry.metrics)
+    backend.telemetry.metrics.watch_engine(lambda: backend.engine.load)
+    backend.telemetry.metrics.watch_profiles(catalog.registry.names, lambda: backend.leases.total)
     faults.install(app)
     for module in (completions, chat, tokens, models, status):
         module.add_routes(app)

@@ -7,8 +7,8 @@ import argparse
 import os
 import signal
 import socket
-import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -18,18 +18,19 @@ from rich.table import Table
 
 from uld_serve.assembly import Assembly, assemble
 from uld_serve.config import EngineConfig
-from uld_serve.engine.async_engine import AsyncEngine
 from uld_serve.errors import InvalidRequest
-from uld_serve.server import audit
-from uld_serve.server.admission import Backend
-from uld_serve.server.app import create_app
+from uld_serve.server import logs
 from uld_serve.server.catalog import Catalog
 from uld_serve.server.keys import KeyRing, sha256_of
 from uld_serve.server.listener import Listener, bound_socket, is_loopback
 from uld_serve.server.policy import KeyPolicy
+from uld_serve.server.reload import Reloader
+from uld_serve.server.serving import Serving, catalog_from, telemetry_of
 from uld_serve.server.settings import ServerSettings, check_profiles_exist, checked_settings, read_settings
+from uld_serve.server.telemetry import Telemetry
 
 KEY_VARIABLE = "ULD_SERVE_API_KEY"
+ADMIN_KEY_VARIABLE = "ULD_SERVE_ADMIN_KEY"
 MIN_KEY_CHARS = 16
 ENGINE_SIZES = {
     "max_model_len": ("TOKENS", "longest prompt and answer together"),
@@ -75,54 +76,92 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--config", type=Path, metavar="server.toml", help="settings and keys; options above win"
     )
-    parser.add_argument("--audit-log", type=Path, metavar="FILE", help="append one JSON line per request")
+    parser.add_argument(
+        "--audit-log", type=Path, metavar="FILE", help="append JSON lines on who asked for what"
+    )
+    parser.add_argument(
+        "--admin-port", type=int, metavar="PORT", help="the operators' listener, on 127.0.0.1"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C; 0 after a clean stop. Raises UldError when it cannot start."""
     settings = settings_of(args)
-    keys = key_ring(settings, os.environ)
-    require_safe_address(settings.host, keys)
-    if settings.audit_log is not None:
-        audit.write_to(settings.audit_log)
+    keys = safe_keys(settings)
+    logs.configure(settings.log)
+    telemetry = telemetry_of(settings)
     console = Console(stderr=True, highlight=False)
-    with bound_socket(settings.host, settings.port) as sock:
+    with ExitStack() as bound:
+        sock = bound.enter_context(bound_socket(settings.host, settings.port))
+        admin_sock = None
+        if settings.admin.port is not None:
+            admin_sock = bound.enter_context(bound_socket(settings.admin.host, settings.admin.port))
         with console.status("loading the model and its profiles"):
             assembly = _assemble(settings)
             check_profiles_exist(settings.keys, assembly.registry)
-        catalog = _catalog(assembly, settings, keys)
-        backend = Backend(AsyncEngine(assembly.engine))
-        url = f"http://{_in_url(settings.host)}:{sock.getsockname()[1]}"
-        listener = Listener(
-            create_app(catalog, backend),
-            backend,
-            settings.limits,
-            on_ready=lambda: _print_banner(
-                console, catalog, url, memory=memory_plan(assembly.engine.config), is_open=keys.is_open
-            ),
+        catalog = catalog_from(assembly, settings, keys)
+        serving = Serving(
+            assembly=assembly,
+            settings=settings,
+            catalog=catalog,
+            telemetry=telemetry,
+            admin_sock=admin_sock,
+            reloader=_reloader(args, settings, telemetry),
         )
-        return _serve(listener, sock)
+        addresses = {"ready": _url(settings.host, sock) + "/v1"}
+        if admin_sock is not None:
+            addresses["admin"] = _url(settings.admin.host, admin_sock)
+        memory = memory_plan(assembly.engine.config)
+        return _serve(
+            serving.listener(
+                on_ready=lambda: _print_banner(
+                    console, catalog, addresses, memory=memory, is_open=keys.is_open
+                )
+            ),
+            sock,
+        )
 
 
 def settings_of(args: argparse.Namespace) -> ServerSettings:
     """The file's settings with the command line's on top."""
     settings = read_settings(args.config) if args.config is not None else ServerSettings()
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    if args.admin_port is not None:
+        given["admin"] = settings.admin.model_dump(exclude_unset=True) | {"port": args.admin_port}
     return checked_settings(settings.model_dump(exclude_unset=True) | given, source="command line")
 
 
 def key_ring(settings: ServerSettings, environment: Mapping[str, str]) -> KeyRing:
-    """The file's keys, and one that may do everything if ULD_SERVE_API_KEY is set (for containers). Unless they are to
-    share it, the prefix cache keeps them apart, by their names and never by the keys themselves."""
+    """The file's keys, one that may see everything if ULD_SERVE_API_KEY is set and an admin's if ULD_SERVE_ADMIN_KEY is
+    (for containers). Unless they are to share it, the prefix cache keeps them apart, by their names and never by the
+    keys themselves."""
     policies = {bytes.fromhex(key.sha256): key.policy for key in settings.keys}
-    key = environment.get(KEY_VARIABLE)
-    if key is not None:
-        if len(key) < MIN_KEY_CHARS:
-            raise InvalidRequest(f"{KEY_VARIABLE} must have at least {MIN_KEY_CHARS} characters")
-        policies[sha256_of(key.encode())] = KeyPolicy(name=KEY_VARIABLE, allow_base=True, logprobs=True)
+    for policy in (
+        KeyPolicy(name=KEY_VARIABLE, allow_base=True, logprobs=True),
+        KeyPolicy(name=ADMIN_KEY_VARIABLE, allowed=frozenset(), is_admin=True, may_read_metrics=True),
+    ):
+        key = environment.get(policy.name)
+        if key is not None:
+            if len(key) < MIN_KEY_CHARS:
+                raise InvalidRequest(f"{policy.name} must have at least {MIN_KEY_CHARS} characters")
+            policies[sha256_of(key.encode())] = policy
     if not settings.cache.share_between_keys:
         policies = {digest: replace(one, cache_salt=f"key {one.name}") for digest, one in policies.items()}
     return KeyRing(policies)
+
+
+def safe_keys(settings: ServerSettings) -> KeyRing:
+    """The keys, if who holds none of them cannot reach what he must not. Raises InvalidRequest."""
+    keys = key_ring(settings, os.environ)
+    require_safe_address(settings.host, keys)
+    if settings.admin.port is not None:
+        require_safe_address(settings.admin.host, keys)
+        if not (keys.is_open or any(policy.is_admin for policy in keys.policies.values())):
+            raise InvalidRequest(
+                "nobody could use the admin listener: give a key `admin = true` (uld-serve keys new NAME --admin), or "
+                f"set {ADMIN_KEY_VARIABLE}"
+            )
+    return keys
 
 
 def require_safe_address(host: str, keys: KeyRing) -> None:
@@ -144,16 +183,11 @@ def _assemble(settings: ServerSettings) -> Assembly:
     )
 
 
-def _catalog(assembly: Assembly, settings: ServerSettings, keys: KeyRing) -> Catalog:
-    return Catalog(
-        model=assembly.base.served_name,
-        registry=assembly.registry,
-        tokenizer=assembly.engine.tokenizer,
-        max_model_len=assembly.engine.config.max_model_len,
-        created=int(time.time()),
-        keys=keys,
-        limits=settings.limits,
-    )
+def _reloader(args: argparse.Namespace, settings: ServerSettings, telemetry: Telemetry) -> Reloader | None:
+    """None without a file: then SIGHUP ends the server, as it does when its terminal is closed."""
+    if args.config is None:
+        return None
+    return Reloader(settings, read=lambda: settings_of(args), ring=safe_keys, audit=telemetry.audit)
 
 
 def _serve(listener: Listener, sock: socket.socket) -> int:
@@ -171,8 +205,8 @@ def _already_stopped(_number: int, _frame: FrameType | None) -> None:
     return None
 
 
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+def _url(host: str, sock: socket.socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
 
 
 def memory_plan(config: EngineConfig) -> str:
@@ -185,7 +219,9 @@ def memory_plan(config: EngineConfig) -> str:
     return ", ".join(f"{what} {num_bytes / 2**30:.2f} GiB" for what, num_bytes in parts.items() if num_bytes)
 
 
-def _print_banner(console: Console, catalog: Catalog, url: str, *, memory: str, is_open: bool) -> None:
+def _print_banner(
+    console: Console, catalog: Catalog, addresses: Mapping[str, str], *, memory: str, is_open: bool
+) -> None:
     table = Table(box=None, show_header=False)
     table.add_row("model", catalog.model)
     for version in catalog.registry:
@@ -197,5 +233,6 @@ def _print_banner(console: Console, catalog: Catalog, url: str, *, memory: str, 
         "keys", "none: everything is allowed from this machine" if is_open else str(len(catalog.keys))
     )
     table.add_row("memory", memory)
-    table.add_row("ready", f"{url}/v1")
+    for name, url in addresses.items():
+        table.add_row(name, url)
     console.print(table)

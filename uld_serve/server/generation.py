@@ -21,6 +21,7 @@ from uld_serve.errors import EngineStopped, UldError
 from uld_serve.server.in_flight import InFlight, Item
 from uld_serve.server.policy import KeyPolicy
 from uld_serve.server.responses import FinishReason
+from uld_serve.server.watch import GONE, OK, Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class Generation:
         decision: Decision,
         policy: KeyPolicy,
         in_flight: InFlight,
+        watch: Watch,
         request_id: str,
         n: int,
     ) -> Generation:
@@ -119,7 +121,8 @@ class Generation:
             )
             for index, choice in enumerate(choices)
         ]
-        rest = _checked(_merged(streams, policy=policy, in_flight=in_flight), decision)
+        merged = _merged(streams, policy=policy, decision=decision, in_flight=in_flight)
+        rest = _watched(_checked(merged, decision), watch)
         first = await anext(rest)
         receipt = first[1].receipt
         assert receipt is not None, "_checked lets no first Delta pass without one"
@@ -145,10 +148,10 @@ def finish_reason(delta: Delta) -> FinishReason | None:
 
 
 async def _merged(
-    streams: Sequence[AsyncIterator[Delta]], *, policy: KeyPolicy, in_flight: InFlight
+    streams: Sequence[AsyncIterator[Delta]], *, policy: KeyPolicy, decision: Decision, in_flight: InFlight
 ) -> AsyncGenerator[tuple[int, Delta], None]:
     """Deltas of all streams as they come. The first failure ends all of them."""
-    with in_flight.entered(policy) as queue:
+    with in_flight.entered(policy, decision) as queue:
         pumps = [asyncio.create_task(_pump(index, stream, queue)) for index, stream in enumerate(streams)]
         try:
             running = set(range(len(pumps)))
@@ -196,6 +199,24 @@ async def _checked(
                 )
             seen.add(index)
             yield index, delta
+
+
+async def _watched(
+    deltas: AsyncGenerator[tuple[int, Delta], None], watch: Watch
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Nothing is handed on that was not seen, and however it ends is told once."""
+    outcome = GONE
+    try:
+        async with aclosing(deltas):
+            async for index, delta in deltas:
+                watch.saw(index, delta)
+                yield index, delta
+        outcome = OK
+    except Exception as error:
+        outcome = (error.code or error.type) if isinstance(error, UldError) else "internal_error"
+        raise
+    finally:
+        watch.end(outcome)
 
 
 def _is_as_decided(receipt: Receipt | None, decision: Decision) -> bool:

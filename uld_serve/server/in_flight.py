@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from uld_serve.engine.plan import Decision
 from uld_serve.engine.request import Delta
 from uld_serve.errors import Overloaded, UldError
 from uld_serve.server.policy import KeyPolicy
@@ -20,19 +21,19 @@ Item: TypeAlias = tuple[int, Delta | None] | UldError
 
 @dataclass(slots=True, eq=False)
 class InFlight:
-    _queues: dict[asyncio.Queue[Item], str] = field(default_factory=dict)
+    _queues: dict[asyncio.Queue[Item], frozenset[str]] = field(default_factory=dict)
     _by_key: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self._queues)
 
     @contextmanager
-    def entered(self, policy: KeyPolicy) -> Iterator[asyncio.Queue[Item]]:
+    def entered(self, policy: KeyPolicy, decision: Decision) -> Iterator[asyncio.Queue[Item]]:
         """A queue for one request's deltas, for as long as it runs. Raises Overloaded at the key's limit."""
         if policy.max_concurrency is not None and self._by_key[policy.name] >= policy.max_concurrency:
             raise Overloaded(f"this key may run {policy.max_concurrency} requests at once")
         queue: asyncio.Queue[Item] = asyncio.Queue()
-        self._queues[queue] = policy.name
+        self._queues[queue] = frozenset(applied.version.digest for applied in decision.applied)
         self._by_key[policy.name] += 1
         try:
             yield queue
@@ -44,3 +45,10 @@ class InFlight:
         """Every running request ends with `error`; clients of streams get it as an event."""
         for queue in self._queues:
             queue.put_nowait(error)
+
+    def end_those_with(self, digest: str, error: UldError) -> int:
+        """The same for the requests that run under one version of a profile; how many."""
+        found = [queue for queue, digests in self._queues.items() if digest in digests]
+        for queue in found:
+            queue.put_nowait(error)
+        return len(found)

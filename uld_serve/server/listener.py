@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import signal
 import socket
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import ClassVar, cast
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import ClassVar, Literal, cast
 
 import h11
 import uvicorn
@@ -26,6 +28,7 @@ from uld_serve.server.settings import Limits
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 15
+START_INTERVAL_S = 0.01
 END_MARGIN_S = 3  # for the error events of those that the grace did not suffice for
 
 
@@ -105,32 +108,39 @@ class Listener(uvicorn.Server):
     """Serves until told to stop; then finishes what runs within grace_s and ends the rest with an error."""
 
     def __init__(
-        self, app: FastAPI, backend: Backend, limits: Limits, *, on_ready: Callable[[], None] | None = None
+        self,
+        app: FastAPI,
+        backend: Backend,
+        limits: Limits,
+        *,
+        on_ready: Callable[[], None] | None = None,
+        on_hangup: Callable[[], None] | None = None,
+        beside: Beside | None = None,
     ) -> None:
-        protocol = type("LimitedProtocol", (DeadlineProtocol,), {"limits": limits})
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=protocol,
-                ws="none",
-                lifespan="on",
-                loop="asyncio",
-                log_level="warning",
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                backlog=BACKLOG,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(limits.grace_s) + END_MARGIN_S,
-                h11_max_incomplete_event_size=limits.header_bytes,
-            )
-        )
+        """`on_hangup` is called in the event loop on SIGHUP; `beside` serves as long as this one."""
+        super().__init__(_config(app, limits, lifespan="on"))
         self._backend = backend
         self._grace_s = limits.grace_s
         self._on_ready = on_ready
+        self._on_hangup = on_hangup
+        self._beside = beside
+        self._serving_beside: asyncio.Task[None] | None = None
+
+    def use_limits(self, limits: Limits) -> None:
+        """For connections that come from now on."""
+        self._grace_s = limits.grace_s
+        for server in (self, self._beside):
+            if server is not None:
+                _set_limits(server.config, limits)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._beside is not None:
+            self._serving_beside = asyncio.create_task(self._beside.serve())
+            while not (self._beside.started or self._serving_beside.done()):
+                await asyncio.sleep(START_INTERVAL_S)
+        if self._on_hangup is not None and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
         if self._on_ready is not None:
             self._on_ready()
 
@@ -142,6 +152,55 @@ class Listener(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             end.cancel()
+            if self._beside is not None and self._serving_beside is not None:
+                self._beside.should_exit = True
+                await self._serving_beside
+
+
+class Beside(uvicorn.Server):
+    """A second application in the event loop of a Listener, which starts and stops it; signals are the Listener's."""
+
+    def __init__(self, app: FastAPI, limits: Limits, sock: socket.socket) -> None:
+        super().__init__(_config(app, limits, lifespan="off"))
+        self._sock = sock
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().serve([self._sock] if sockets is None else sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _config(app: FastAPI, limits: Limits, *, lifespan: Literal["on", "off"]) -> uvicorn.Config:
+    protocol = type("LimitedProtocol", (DeadlineProtocol,), {"limits": limits})
+    return uvicorn.Config(
+        app,
+        http=protocol,
+        ws="none",
+        lifespan=lifespan,
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_shutdown_s(limits),
+        h11_max_incomplete_event_size=limits.header_bytes,
+    )
+
+
+def _set_limits(config: uvicorn.Config, limits: Limits) -> None:
+    protocol = config.http_protocol_class
+    assert issubclass(protocol, DeadlineProtocol)
+    protocol.limits = limits
+    config.timeout_graceful_shutdown = _shutdown_s(limits)
+    config.h11_max_incomplete_event_size = limits.header_bytes
+
+
+def _shutdown_s(limits: Limits) -> int:
+    return int(limits.grace_s) + END_MARGIN_S
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

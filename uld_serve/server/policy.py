@@ -42,6 +42,8 @@ class KeyPolicy:
     logprobs: bool = False
     max_concurrency: int | None = None
     cache_salt: str = ""
+    is_admin: bool = False
+    may_read_metrics: bool = False
 
     def may_see(self, name: str) -> bool:
         return self.allowed == "*" or name in self.allowed or name in self.mandatory or name in self.default
@@ -53,7 +55,9 @@ class KeyPolicy:
 
 
 # No keys configured: whoever reaches the loopback interface may do everything.
-DEVELOPMENT = KeyPolicy(name="development", allow_base=True, logprobs=True)
+DEVELOPMENT = KeyPolicy(
+    name="development", allow_base=True, logprobs=True, is_admin=True, may_read_metrics=True
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,6 +13,7 @@ from uld_serve.config import EngineSettings, HeadUse
 from uld_serve.errors import InvalidRequest, ProfileError
 from uld_serve.server.policy import KeyPolicy, Profiles
 
+ModelT = TypeVar("ModelT", bound=BaseModel)
 _FROZEN = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 ProfileName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -40,9 +41,40 @@ class CacheSettings(BaseModel):
     share_between_keys: bool = False
 
 
+class AuditSettings(BaseModel):
+    """The audit log's file is begun anew above `max_bytes`; `max_files` older ones are kept beside it. `fsync`: each
+    line is on the disk, not only with the system, before the request goes on."""
+
+    model_config = _FROZEN
+
+    max_bytes: Annotated[int, Field(ge=4096)] = 64 * 2**20
+    max_files: Annotated[int, Field(ge=1, le=10_000)] = 10
+    fsync: bool = False
+
+
+class AdminSettings(BaseModel):
+    """The listener for operators; there is none without a port."""
+
+    model_config = _FROZEN
+
+    host: str = "127.0.0.1"
+    port: Port | None = None
+    unload_wait_s: Annotated[float, Field(ge=0)] = 60.0
+
+
+class LogSettings(BaseModel):
+    """`error_text`: the words of unexpected exceptions too, which may quote what a client sent."""
+
+    model_config = _FROZEN
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "warning"
+    error_text: bool = False
+
+
 class KeySettings(BaseModel):
     """One [[keys]] entry. What is left out is refused, except that any profile may be asked for: forgetting more
-    is always allowed."""
+    is always allowed. `admin` keys work on the admin listener; `metrics` keys read /metrics there and nothing else."""
 
     model_config = _FROZEN
 
@@ -54,12 +86,15 @@ class KeySettings(BaseModel):
     allow_base: bool = False
     logprobs: Literal["off", "fused"] | None = None
     max_concurrency: Annotated[int | None, Field(ge=1)] = None
+    admin: bool = False
+    metrics: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.mandatory and self.allow_base:
             raise ValueError("a key with mandatory profiles cannot have allow_base")
-        if not (self.mandatory or self.allow_base or self.allowed or self.default):
+        can_ask = self.mandatory or self.allow_base or self.allowed or self.default
+        if not (can_ask or self.admin or self.metrics):
             raise ValueError("this key could never be answered: give it a profile or allow_base")
         return self
 
@@ -74,6 +109,8 @@ class KeySettings(BaseModel):
             allow_base=self.allow_base,
             logprobs=self.allow_base if self.logprobs is None else self.logprobs == "fused",
             max_concurrency=self.max_concurrency,
+            is_admin=self.admin,
+            may_read_metrics=self.admin or self.metrics,
         )
 
 
@@ -96,9 +133,15 @@ class ServerSettings(BaseModel):
     adapter_bytes: Annotated[int | None, Field(ge=1)] = None
     sampler_bytes: Annotated[int | None, Field(ge=1)] = None
     head: HeadUse = "auto"
+    measure_every: Annotated[int, Field(ge=0)] = 32
     audit_log: Path | None = None
+    audit: AuditSettings = AuditSettings()
+    admin: AdminSettings = AdminSettings()
+    log: LogSettings = LogSettings()
+    tracing: bool = False
     limits: Limits = Limits()
     cache: CacheSettings = CacheSettings()
+    keys_file: Path | None = None
     keys: list[KeySettings] = []
 
     @property
@@ -111,32 +154,63 @@ class ServerSettings(BaseModel):
             "adapter_bytes",
             "sampler_bytes",
         )
-        names = (*sizes, "head")
+        names = (*sizes, "head", "measure_every")
         return EngineSettings(**{name: value for name in names if (value := getattr(self, name)) is not None})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for field in ("name", "sha256"):
-            values = [getattr(key, field) for key in self.keys]
-            if len(set(values)) != len(values):
-                raise ValueError(f"two keys have the same {field}")
+        require_distinct(self.keys)
         return self
 
 
+class KeyFile(BaseModel):
+    """Keys in a file of their own, for where server.toml cannot be written."""
+
+    model_config = _FROZEN
+
+    keys: list[KeySettings] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        require_distinct(self.keys)
+        return self
+
+
+def require_distinct(keys: list[KeySettings]) -> None:
+    for field in ("name", "sha256"):
+        values = [getattr(key, field) for key in keys]
+        if len(set(values)) != len(values):
+            raise ValueError(f"two keys have the same {field}")
+
+
 def read_settings(path: Path) -> ServerSettings:
-    """Raises InvalidRequest naming the file and the fields that are wrong."""
+    """The file, and the keys of the `keys_file` that it names. Raises InvalidRequest naming the file and the fields
+    that are wrong."""
+    settings = checked_settings(read_toml(path), source=str(path))
+    if settings.keys_file is None:
+        return settings
+    beside = path.parent / settings.keys_file
+    keys = checked(KeyFile, read_toml(beside), source=str(beside)).keys
+    together = settings.model_dump(exclude_unset=True) | {"keys": [*settings.keys, *keys]}
+    return checked_settings(together, source=f"{path} with {beside.name}")
+
+
+def read_toml(path: Path) -> dict[str, object]:
     try:
-        data = tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path} is not TOML: {error}") from None
-    return checked_settings(data, source=str(path))
 
 
 def checked_settings(data: Mapping[str, object], *, source: str) -> ServerSettings:
+    return checked(ServerSettings, data, source=source)
+
+
+def checked(model: type[ModelT], data: Mapping[str, object], *, source: str) -> ModelT:
     try:
-        return ServerSettings.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}"
