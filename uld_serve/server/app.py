@@ -21,6 +21,9 @@ ERRORS: dict[int | str, dict[str, object]] = {
 }
 
 
+ROUTES = (completions, chat, tokens, models, status)
+
+
 def create_app(catalog: Catalog, backend: Backend) -> FastAPI:
     """The whole API over one engine, which starts and stops with the application."""
 
@@ -45,7 +48,7 @@ def create_app(catalog: Catalog, backend: Backend) -> FastAPI:
     app.state.catalog = catalog
     app.state.backend = backend
     faults.install(app)
-    for module in (completions, chat, tokens, models, status):
+    for module in ROUTES:
         module.add_routes(app)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app

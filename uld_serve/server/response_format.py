@@ -29,7 +29,10 @@ class JsonSchemaFormat(Strict):
 
 
 class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
+    type: Annotated[
+        Literal["text", "json_object", "json_schema"],
+        Field(description="Any text, any JSON object, or what a schema allows."),
+    ]
     json_schema: JsonSchemaFormat | None = None
 
     @model_validator(mode="after")
