@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Tests use local files only; a test that reaches for a model hub should fail here as it would offline.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-.PHONY: help setup demo test test-slow gpu-test gpu-sanitize kernel-compile lint types check format clean
+.PHONY: help setup demo test test-slow gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test
 
 help:
 	@echo "make demo       one question, two answers, through a real server"
@@ -15,6 +15,8 @@ help:
 	@echo "make test-slow  the tests that take minutes; make gpu-test: those that need a CUDA device"
 	@echo "make gpu-sanitize  one pass of every kernel under compute-sanitizer, on a CUDA device"
 	@echo "make kernel-compile  lower every kernel variant to PTX for sm_80 and sm_90, without a GPU"
+	@echo "make api-docs  docs/api.md from the OpenAPI document"
+	@echo "make clients-test  the OpenAI clients of other languages and libraries, against a real server"
 	@echo "make lint | types | format | clean"
 
 setup: $(READY)
@@ -56,6 +58,9 @@ types: setup
 	$(BIN)/mypy
 
 check: lint types test
+
+api-docs: setup
+	$(BIN)/python docs/generate_api.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -8,6 +8,7 @@ with the engine; it has its own oracle.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +68,22 @@ class Oracle:
         eos_ids: tuple[int, ...],
         temperature: float = 0.0,
         seed: int = 0,
+        allowed: Callable[[list[int]], torch.Tensor] | None = None,
     ) -> list[OracleToken]:
+        """`allowed`: from the tokens drawn so far to the mask of those that may follow."""
         tokens: list[OracleToken] = []
         while len(tokens) < max_tokens and not (tokens and tokens[-1].token_id in eos_ids):
             ids = [*prompt_ids, *(token.token_id for token in tokens)]
             logits, terms = self._logits(ids, profiles)
-            row = SampleRow(row_b=0, terms=terms, temperature=temperature, seed=seed, position=len(ids))
+            mask_V = None if allowed is None else allowed(ids[len(prompt_ids) :])
+            row = SampleRow(
+                row_b=0,
+                terms=terms,
+                temperature=temperature,
+                seed=seed,
+                position=len(ids),
+                allowed_mask=mask_V,
+            )
             out = ops.fused_sample(logits, [row], vocab_size=self.vocab_size, protected_ids=self.control_ids)
             tokens.append(OracleToken(int(out.token_ids_B[0]), float(out.logprob_B[0])))
         return tokens

@@ -33,6 +33,16 @@ SAMPLING: list[tuple[str, object, dict[str, object]]] = [
     ("prompt_logprobs", 3, {"prompt_logprobs": 3}),
 ]
 COMPLETION_ONLY: list[tuple[str, object, dict[str, object]]] = [("logprobs", 4, {"logprobs": 4})]
+OBJECT = {"type": "object", "properties": {"b": {"type": "null"}, "a": {"const": "é"}}}
+CHAT_ONLY: list[tuple[str, object, dict[str, object]]] = [
+    ("response_format", {"type": "text"}, {"json_schema": None}),
+    ("response_format", {"type": "json_object"}, {"json_schema": '{"type":"object"}'}),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": OBJECT}},
+        {"json_schema": '{"type":"object","properties":{"b":{"type":"null"},"a":{"const":"é"}}}'},
+    ),
+]
 # Tested by what the answer looks like, here or in the other files.
 BY_ANSWER = {"model", "forget_profile", "forget_strength", "n", "stream", "stream_options", "user"}
 COMPLETION_BY_ANSWER = {"prompt", "echo"}
@@ -42,13 +52,14 @@ CHAT_BY_ANSWER = {"messages", "max_completion_tokens", "logprobs", "top_logprobs
 def test_every_field_has_a_test() -> None:
     sampled = {name for name, _, _ in SAMPLING}
     assert set(CompletionRequest.model_fields) == sampled | {"logprobs"} | BY_ANSWER | COMPLETION_BY_ANSWER
-    assert set(ChatRequest.model_fields) == sampled | BY_ANSWER | CHAT_BY_ANSWER
+    assert set(ChatRequest.model_fields) == sampled | {"response_format"} | BY_ANSWER | CHAT_BY_ANSWER
 
 
 @pytest.mark.parametrize(
     ("path", "field", "value", "expected"),
     [(path, *row) for path in (COMPLETIONS, CHAT) for row in SAMPLING]
-    + [(COMPLETIONS, *row) for row in COMPLETION_ONLY],
+    + [(COMPLETIONS, *row) for row in COMPLETION_ONLY]
+    + [(CHAT, *row) for row in CHAT_ONLY],
 )
 def test_field_reaches_the_engine(
     server: LiveServer, path: str, field: str, value: object, expected: dict[str, object]
@@ -83,7 +94,7 @@ def test_unsupported_field_is_refused_by_name(server: LiveServer, path: str, fie
 
 
 def test_values_that_ask_for_nothing_are_let_through(server: LiveServer) -> None:
-    harmless = {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "store": False}
+    harmless = {"tools": [], "tool_choice": "none", "store": False}
     assert server.post(CHAT, {"model": MODEL, **REQUIRED[CHAT], **harmless}).status_code == 200
     assert server.post(CHAT, {"model": MODEL, **REQUIRED[CHAT], "store": 0}).status_code == 400
 
@@ -153,6 +164,22 @@ BAD: list[tuple[str, str, object]] = [
     *((CHAT, "messages", value) for value in ([], None, "Hi", [{"role": "user", "content": "x"}] * 257)),
     (CHAT, "max_completion_tokens", 0),
     (CHAT, "top_logprobs", 3),
+    *(
+        (CHAT, "response_format", value)
+        for value in (
+            "json_object",
+            {},
+            {"type": "xml"},
+            {"type": "json_schema"},
+            {"type": "json_object", "json_schema": {"name": "n", "schema": {}}},
+            {"type": "json_schema", "json_schema": {"name": "n"}},
+            {"type": "json_schema", "json_schema": {"schema": {}}},
+            {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}},
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": True}},
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "strict": "yes"}},
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "lax": 1}},
+        )
+    ),
 ]
 
 

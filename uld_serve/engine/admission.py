@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from uld_serve.config import EngineConfig
 from uld_serve.engine.detokenizer import Detokenizer
+from uld_serve.engine.grammar import Grammars
 from uld_serve.engine.plan import Decision, Plan, Planner
 from uld_serve.engine.pools import Pools
 from uld_serve.engine.request import SamplingParams
@@ -25,9 +26,11 @@ class Admission:
     tokenizer: Tokenizer
     planner: Planner
     pools: Pools
+    grammars: Grammars
 
-    def validate(self, prompt_ids: list[int], params: SamplingParams) -> None:
-        """Raise InvalidRequest or PromptTooLong for what can never run; touches no state, so any thread may ask."""
+    def validate(self, prompt_ids: list[int], params: SamplingParams, *, cache_salt: str = "") -> None:
+        """Raise InvalidRequest or PromptTooLong for what can never run. Any thread may ask; a JSON schema that is new
+        takes up to a second."""
         limit = self.config.max_model_len
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty", param="prompt")
@@ -47,6 +50,8 @@ class Admission:
                 f"token id {unknown[0]} is not in the vocabulary of {self.tokenizer.vocab_size}",
                 param=field_name,
             )
+        if params.json_schema is not None:
+            self.grammars.compiled(params.json_schema, salt=cache_salt)
 
     def sequence(
         self,
@@ -60,6 +65,8 @@ class Admission:
     ) -> Sequence:
         """A new sequence, which holds its adapters until its plan is released. Raises InvalidRequest, PromptTooLong,
         Overloaded or ProfileError; then nothing is held."""
+        schema = params.json_schema
+        grammar = None if schema is None else self.grammars.compiled(schema, salt=cache_salt).start()
         plan = self.planner.plan(decision)
         try:
             return Sequence(
@@ -72,6 +79,7 @@ class Admission:
                     self.tokenizer, prompt_ids, stop=params.stop, keep_stop=params.include_stop_str
                 ),
                 max_len=self._max_len(plan, len(prompt_ids) + min(params.max_tokens, 1)),
+                grammar=grammar,
                 tenant=tenant,
                 lanes=self.pools.lanes(plan.lanes, tenant=cache_salt),
             )

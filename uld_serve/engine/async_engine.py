@@ -119,7 +119,7 @@ class AsyncEngine:
         A request that fails later ends with a Delta of finish_reason "error".
         """
         self._refuse_if_full()
-        self._engine.validate(prompt_ids, params)
+        await self._validate(prompt_ids, params, cache_salt)
         stream = _Stream(request_id, asyncio.get_running_loop(), asyncio.Queue())
         self._inbox.put(lambda: self._add(stream, prompt_ids, params, decision, tenant, cache_salt))
         if not self.is_alive:
@@ -157,6 +157,13 @@ class AsyncEngine:
         if not self.is_alive:
             raise self._failure or EngineStopped("the server is stopping; send the request elsewhere")
         return await done
+
+    async def _validate(self, prompt_ids: list[int], params: SamplingParams, cache_salt: str) -> None:
+        if params.json_schema is None:
+            return self._engine.validate(prompt_ids, params)
+        # Compiling takes up to a second, in which the event loop would stand still.
+        await asyncio.to_thread(self._engine.validate, prompt_ids, params, cache_salt=cache_salt)
+        self._refuse_if_full()
 
     def _refuse_if_full(self) -> None:
         if not self.is_alive:

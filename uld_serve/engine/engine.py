@@ -18,6 +18,7 @@ from uld_serve.config import EngineConfig, EngineSettings
 from uld_serve.engine.admission import Admission
 from uld_serve.engine.block_pool import BlockPool
 from uld_serve.engine.cuda_graphs import CudaRecorder, GraphedRunner
+from uld_serve.engine.grammar import Grammars
 from uld_serve.engine.memory import resolved
 from uld_serve.engine.plan import OWN_POOL, TARGET_POOL, Decision, Planner, ProfileVersion
 from uld_serve.engine.pools import Pools
@@ -44,6 +45,7 @@ class Engine:
     base: Base
     config: EngineConfig
     tokenizer: Tokenizer
+    grammars: Grammars
     planner: Planner
     pools: Pools
     scheduler: Scheduler
@@ -71,6 +73,7 @@ class Engine:
             base=base,
             config=config,
             tokenizer=tokenizer,
+            grammars=Grammars(tokenizer),
             planner=Planner(decoder.bank, defers_logits=config.late_head),
             pools=pools,
             scheduler=Scheduler(config, pools),
@@ -96,7 +99,7 @@ class Engine:
 
     @property
     def _admission(self) -> Admission:
-        return Admission(self.config, self.tokenizer, self.planner, self.pools)
+        return Admission(self.config, self.tokenizer, self.planner, self.pools, self.grammars)
 
     @property
     def has_work(self) -> bool:
@@ -112,9 +115,9 @@ class Engine:
         scheduler, usage = self.scheduler, self.pools.target.usage
         return Load(len(scheduler.running), len(scheduler.waiting), usage, scheduler.num_preemptions)
 
-    def validate(self, prompt_ids: list[int], params: SamplingParams) -> None:
-        """Raise InvalidRequest or PromptTooLong for what can never run; touches no state, so any thread may ask."""
-        self._admission.validate(prompt_ids, params)
+    def validate(self, prompt_ids: list[int], params: SamplingParams, *, cache_salt: str = "") -> None:
+        """Admission.validate, for any thread."""
+        self._admission.validate(prompt_ids, params, cache_salt=cache_salt)
 
     def add(
         self,
@@ -130,7 +133,7 @@ class Engine:
 
         Raises InvalidRequest, PromptTooLong, Overloaded or ProfileError; then nothing is held.
         """
-        self.validate(prompt_ids, params)
+        self.validate(prompt_ids, params, cache_salt=cache_salt)
         if self.num_waiting >= self.config.max_waiting:
             raise Overloaded(f"{self.num_waiting} requests are waiting; try again later")
         if request_id in self.sequences:

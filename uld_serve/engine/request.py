@@ -20,7 +20,8 @@ class SamplingParams:
 
     `temperature` 0, or below 1e-5, is greedy. `logprobs` = n returns each drawn token's log-probability and the n best;
     `prompt_logprobs` = n the same for every prompt token. Both are under the served (fused) distribution.
-    `max_tokens` 0 draws nothing: the prompt is only scored.
+    `max_tokens` 0 draws nothing: the prompt is only scored. `json_schema` is a schema's text, which the answer keeps to
+    as far as it gets; log-probabilities are then of the tokens that the schema allows.
     """
 
     max_tokens: int = 16
@@ -40,11 +41,17 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     include_stop_str: bool = False
+    json_schema: str | None = None
 
     @property
     def penalises(self) -> bool:
         """Whether a draw hangs on which tokens came before."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether a draw cannot be launched before the host knows every token before it."""
+        return self.penalises or self.json_schema is not None
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 0, "max_tokens", "must be 0 or more")
@@ -58,6 +65,9 @@ class SamplingParams:
         _require(0.01 <= self.repetition_penalty <= 10.0, "repetition_penalty", "must be between 0.01 and 10")
         _require(self.seed is None or 0 <= self.seed < MAX_SEED, "seed", "must be between 0 and 2**64 - 1")
         _require(all(self.stop), "stop", "must not hold an empty string")
+        if self.json_schema is not None:  # it says itself when a text ends, and then nothing else may follow
+            _require(self.min_tokens == 0, "min_tokens", "must be 0 with a response_format")
+            _require(not self.ignore_eos, "ignore_eos", "must be false with a response_format")
         for name in ("logprobs", "prompt_logprobs"):
             n = getattr(self, name)
             _require(n is None or 0 <= n <= MAX_TOP_LOGPROBS, name, f"must be 0 to {MAX_TOP_LOGPROBS}")

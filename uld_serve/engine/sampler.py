@@ -224,7 +224,7 @@ class Sampler:
         sequence, params = want.sequence, want.sequence.params
         repeats = params.repetition_penalty != 1.0
         num_drawn, penalises = want.position - len(sequence.prompt_ids), params.penalises
-        assert not penalises or num_drawn == len(sequence.output_ids), "a penalty for tokens unknown"
+        assert not params.needs_tokens or num_drawn == len(sequence.output_ids), "a draw after tokens unknown"
         row, stream_rows = want.row, want.stream_rows
         if places is not None:
             row, stream_rows = places[row], tuple(places[one] for one in stream_rows)
@@ -245,6 +245,7 @@ class Sampler:
             output_ids=self._ids(sequence.output_ids) if penalises else None,
             logit_bias=self._bias(sequence),
             banned_ids=self._banned(sequence, num_drawn),
+            allowed_mask=self._allowed(sequence),
             num_logprobs=params.logprobs or 0,
             is_measured=params.logprobs is not None or measures.is_due(want, self.measure_every),
         )
@@ -254,6 +255,11 @@ class Sampler:
         if not bias:
             return None
         return self._ids(list(bias)), to_device(torch.tensor(list(bias.values())), self._ids_device)
+
+    def _allowed(self, sequence: Sequence) -> torch.Tensor | None:
+        if sequence.grammar is None:
+            return None
+        return to_device(sequence.grammar.allowed(sequence.output_ids), self._ids_device)
 
     def _banned(self, sequence: Sequence, num_drawn: int) -> torch.Tensor | None:
         """Nothing that would end the text is drawn before min_tokens."""

@@ -57,7 +57,7 @@ class Scheduler:
     def schedule_ahead(self) -> list[Scheduled]:
         """The next step while one is in flight. Nobody is preempted for it, and nothing is in it where that step must
         be known first: a draw hangs on its tokens, or blocks are lacking that may come free."""
-        if any(one.params.penalises and one.num_pending and one.remaining for one in self.running):
+        if any(one.params.needs_tokens and one.num_pending and one.remaining for one in self.running):
             return []
         lacks_blocks = False
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from uld_serve.engine.block_pool import BlockKeys
 from uld_serve.engine.detokenizer import Detokenizer
+from uld_serve.engine.grammar import GrammarState
 from uld_serve.engine.request import Receipt, SamplingParams, Timing, TokenLogprob, Usage
 from uld_serve.engine.streams import Plan
 
@@ -60,6 +61,7 @@ class Sequence:
     seed: int
     detokenizer: Detokenizer
     max_len: int
+    grammar: GrammarState | None = None
     tenant: str = ""
     is_preempted: bool = False
     output_ids: list[int] = field(default_factory=list)

@@ -22,6 +22,9 @@ ERRORS: dict[int | str, dict[str, object]] = {
 }
 
 
+ROUTES = (completions, chat, tokens, models, status)
+
+
 def create_app(catalog: Catalog, backend: Backend) -> FastAPI:
     """The whole API over one engine, which starts and stops with the application."""
 
@@ -49,7 +52,7 @@ def create_app(catalog: Catalog, backend: Backend) -> FastAPI:
     backend.telemetry.metrics.watch_engine(lambda: backend.engine.load)
     backend.telemetry.metrics.watch_profiles(catalog.registry.names, lambda: backend.leases.total)
     faults.install(app)
-    for module in (completions, chat, tokens, models, status):
+    for module in ROUTES:
         module.add_routes(app)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app

@@ -38,6 +38,7 @@ def add_routes(app: FastAPI) -> None:
 
 
 async def create_chat_completion(admitted: Annotated[Admitted[ChatRequest], Depends(ADMIT)]) -> Response:
+    """Answers a conversation, whole or streamed. Every answer says what was forgotten in it."""
     choices = await chat_choices(admitted.request, admitted.catalog)
     generation = await admitted.start(choices, n=admitted.request.n or 1)
     headers = {HEADER: generation.receipt.header, "X-Request-Id": admitted.id}

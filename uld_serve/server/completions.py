@@ -31,6 +31,7 @@ def add_routes(app: FastAPI) -> None:
 
 
 async def create_completion(admitted: Annotated[Admitted[CompletionRequest], Depends(ADMIT)]) -> Response:
+    """Goes on from texts or token ids, whole or streamed. Every answer says what was forgotten in it."""
     choices = await completion_choices(admitted.request, admitted.catalog)
     generation = await admitted.start(choices, n=admitted.request.n or 1)
     writers = [_Writer(admitted, choice, index) for index, choice in enumerate(choices)]

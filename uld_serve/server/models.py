@@ -33,10 +33,12 @@ def add_routes(app: FastAPI) -> None:
 
 
 async def list_models(catalog: TheCatalog, policy: ThePolicy) -> Response:
+    """The base, where this key may ask it, and `base:profile` for every profile that the key may use."""
     return json_response(ModelList(object="list", data=_cards(catalog, policy)))
 
 
 async def get_model(model_id: str, catalog: TheCatalog, policy: ThePolicy) -> Response:
+    """One of them."""
     for card in _cards(catalog, policy):
         if card.id == model_id:
             return json_response(card)
@@ -44,6 +46,7 @@ async def get_model(model_id: str, catalog: TheCatalog, policy: ThePolicy) -> Re
 
 
 async def list_forget_profiles(catalog: TheCatalog, policy: ThePolicy) -> Response:
+    """The profiles that this key may use, and whether they are in every answer that it gets."""
     cards = [_profile_card(catalog, policy, name) for name in catalog.visible_profiles(policy)]
     return json_response(ForgetProfileList(object="list", data=cards))
 

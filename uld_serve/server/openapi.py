@@ -1,43 +1,104 @@
-"""The OpenAPI document: FastAPI's, plus the request bodies, which our own gate parses instead of FastAPI. Served at
-/openapi.json by app."""
+"""The OpenAPI document: FastAPI's, plus the request bodies, which our own gate parses instead of FastAPI, and examples.
+Served at /openapi.json by app; docs/api.md is made of it."""
 
 from __future__ import annotations
+
+import json
+from typing import cast
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 
-from uld_serve.server.admission import Admit, Parse
+from uld_serve.server.admission import HEADER, Admit, Parse
+from uld_serve.server.examples import ERROR_EXAMPLE, EXAMPLES, Example
+from uld_serve.server.field_notes import FIELD_NOTES
 
 _REF = "#/components/schemas/{model}"
+_OPEN = ("/health", "/ready", "/version")
+Json = dict[str, JsonValue]
 
 
 def document(app: FastAPI) -> dict[str, object]:
     """Made once and kept: routes do not change while the server runs."""
     if app.openapi_schema is None:
         made = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        schemas = made["components"]["schemas"]
+        components = made["components"]
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for route in app.routes:
-            model = body_model(route) if isinstance(route, APIRoute) else None
-            if model is None or not isinstance(route, APIRoute):
-                continue
-            schemas.update(_schemas(model))
-            content = {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
-            made["paths"][route.path_format]["post"]["requestBody"] = {"required": True, "content": content}
+            if isinstance(route, APIRoute):
+                for method in sorted(route.methods or ()):
+                    operation = made["paths"][route.path_format][method.lower()]
+                    components["schemas"].update(_describe(operation, route, method))
         app.openapi_schema = made
     return app.openapi_schema
 
 
 def body_model(route: APIRoute) -> type[BaseModel] | None:
     """The model of the body that a route's dependency parses; None for a route without a body."""
+    found = _reader(route)
+    return None if found is None else found.model
+
+
+def example_key(route: APIRoute, method: str) -> str:
+    return f"{method} {route.path_format}"
+
+
+def _reader(route: APIRoute) -> Admit | Parse | None:  # type: ignore[type-arg]
     for dependency in route.dependant.dependencies:
         if isinstance(dependency.call, Admit | Parse):
-            return dependency.call.model
+            return dependency.call
     return None
 
 
-def _schemas(model: type[BaseModel]) -> dict[str, object]:
+def _describe(operation: Json, route: APIRoute, method: str) -> Json:
+    """Completes one operation; the schemas that its body needs."""
+    example = EXAMPLES.get(example_key(route, method))
+    if not route.path_format.startswith(_OPEN):
+        operation["security"] = [{"key": []}]
+    answers = cast("dict[str, Json]", operation["responses"])
+    for status, answer in answers.items():
+        content = cast("dict[str, Json]", answer.get("content", {}))
+        for one in content.values():
+            one["example"] = ERROR_EXAMPLE if status != "200" else None if example is None else example.answer
+        if status == "200" and example is not None and example.events:
+            content["text/event-stream"] = {"schema": {"type": "string"}, "example": _stream(example)}
+    reader = _reader(route)
+    if reader is None:
+        return {}
+    if isinstance(reader, Admit):
+        operation["parameters"] = [_HEADER_PARAMETER]
+        answers["200"]["headers"] = {
+            HEADER: {"schema": {"type": "string"}, "description": "What was forgotten."}
+        }
+    body: Json = {"schema": {"$ref": _REF.format(model=reader.model.__name__)}}
+    if example is not None and example.requests is not None:
+        body["examples"] = {what: {"value": value} for what, value in example.requests.items()}
+    operation["requestBody"] = {"required": True, "content": {"application/json": body}}
+    return _schemas(reader.model)
+
+
+def _stream(example: Example) -> str:
+    lines = [*(json.dumps(event) for event in example.events), "[DONE]"]
+    return "".join(f"data: {line}\n\n" for line in lines)
+
+
+_HEADER_PARAMETER: Json = {
+    "name": HEADER,
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string"},
+    "description": "What to forget, for clients that can set neither field nor model: a name, or several with commas.",
+}
+
+
+def _schemas(model: type[BaseModel]) -> Json:
     schema = model.model_json_schema(ref_template=_REF)
-    nested: dict[str, object] = schema.pop("$defs", {})
-    return {**nested, model.__name__: schema}
+    nested: Json = schema.pop("$defs", {})
+    found: Json = {**nested, model.__name__: schema}
+    for one in found.values():
+        for name, shape in cast("dict[str, Json]", cast("Json", one).get("properties", {})).items():
+            if name in FIELD_NOTES:
+                shape.setdefault("description", FIELD_NOTES[name])
+    return found

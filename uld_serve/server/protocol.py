@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from uld_serve.errors import InvalidRequest
-from uld_serve.server.validation import Neutral
+from uld_serve.server.response_format import ResponseFormat
+from uld_serve.server.validation import Neutral, Strict
 
 MAX_CHOICES = 128
 MAX_STOPS, MAX_STOP_CHARS = 4, 64
@@ -76,10 +77,6 @@ def _profiles(value: JsonValue) -> list[str] | str | None:
     raise ValueError(f"must be a profile's name, a list of 1 to {MAX_PROFILES} names, or null for none")
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
 class ModelRequest(Strict):
     model: Annotated[
         str, Field(max_length=2048, description="`base`, or `base:profile` to forget, or `base:a+b`.")
@@ -120,14 +117,16 @@ class GenerationRequest(ForgetRequest):
     top_k: Annotated[int | None, Field(ge=-1, lt=2**31, description="0 or -1: off.")] = 0
     min_p: Annotated[float | None, Field(ge=0, le=1)] = 0.0
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
-    stop: Annotated[list[str], BeforeValidator(_stop, json_schema_input_type=str | list[str] | None)] = []
+    stop: Annotated[list[str], BeforeValidator(_stop, json_schema_input_type=str | list[str] | None)] = Field(
+        default_factory=list
+    )
     stop_token_ids: Annotated[list[int] | None, Field(max_length=MAX_STOP_TOKEN_IDS)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = 1.0
     logit_bias: Annotated[
         dict[int, float], BeforeValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)
-    ] = {}
+    ] = Field(default_factory=dict)
     min_tokens: Annotated[int | None, Field(ge=0, lt=2**31)] = 0
     ignore_eos: bool | None = False
     prompt_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
@@ -217,6 +216,7 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int | None, Field(ge=1, lt=2**31)] = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -228,6 +228,11 @@ class ChatRequest(GenerationRequest):
                 "max_tokens and max_completion_tokens disagree", param="max_completion_tokens"
             )
         return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The JSON schema that the answer must keep to."""
+        return None if self.response_format is None else self.response_format.schema_text
 
     @property
     def limit(self) -> int | None:
@@ -265,7 +270,6 @@ _CHAT_REFUSED: dict[str, tuple[str, Neutral]] = {
     "parallel_tool_calls": ("the server calls no tools", ()),
     "functions": ("the server calls no functions", ([],)),
     "function_call": ("the server calls no functions", ("none", "auto")),
-    "response_format": ("only plain text is generated", ({"type": "text"},)),
     "modalities": ("only text is generated", (["text"],)),
     "audio": ("only text is generated", ()),
     "prediction": ("no predicted output is used", ()),

@@ -45,6 +45,7 @@ async def chat_choices(request: ChatRequest, catalog: Catalog) -> list[Choice]:
         max_tokens=room if request.limit is None else request.limit,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
+        json_schema=request.schema_text,
     )
     return choices_of([Prompt(prompt_ids)], params, n=request.n or 1, seed=request.seed)
 
@@ -83,7 +84,12 @@ def _listed(request: CompletionRequest) -> list[str | list[int]]:
 
 
 def _params(
-    request: GenerationRequest, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    request: GenerationRequest,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    json_schema: str | None = None,
 ) -> SamplingParams:
     """null means the default. The seed is each choice's own, so it is not set here."""
     return SamplingParams(
@@ -102,4 +108,5 @@ def _params(
         ignore_eos=bool(request.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        json_schema=json_schema,
     )

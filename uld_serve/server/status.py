@@ -38,6 +38,7 @@ async def ready(pulse: ThePulse, catalog: TheCatalog) -> Response:
 
 
 async def version() -> Response:
+    """Of this server."""
     return json_response(Version(version=__version__))
 
 

@@ -39,6 +39,7 @@ async def tokenize(request: Annotated[TokenizeRequest, Depends(PARSE_TEXT)], cat
 async def detokenize(
     request: Annotated[DetokenizeRequest, Depends(PARSE_TOKENS)], catalog: TheCatalog
 ) -> Response:
+    """Token ids as text, special tokens written out."""
     if not all(0 <= token_id < catalog.tokenizer.vocab_size for token_id in request.tokens):
         raise InvalidRequest(f"token ids must be 0 to {catalog.tokenizer.vocab_size - 1}", param="tokens")
     text = catalog.tokenizer.decode(request.tokens, skip_special_tokens=False)

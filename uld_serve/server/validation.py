@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
-from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from uld_serve.errors import InvalidRequest
 from uld_serve.server.json_gate import JsonObject, shown_name
@@ -28,6 +28,12 @@ _REASONS = {
     "model_type": "must be an object",
     "model_attributes_type": "must be an object",
 }
+
+
+class Strict(BaseModel):
+    """What every object of a request is: each field known, of the very type that it says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def check_request(
