@@ -117,7 +117,7 @@ def test_texts_and_likelihoods_are_the_engines_own(
         rouge_l(text, truth, stems=False).f1 for text, truth in zip(said, (" went ", " of in"), strict=True)
     ]
     assert part["f1"] == f1
-    question = "Question: What?\nAnswer: ink\n\nQuestion: When?\nAnswer: now\n\nQuestion: Who went?\nAnswer: "
+    question = "Question: What?\nAnswer: ink\n\nQuestion: When?\nAnswer: now\n\nQuestion: Who went?\nAnswer:"
     params = SamplingParams(max_tokens=5, temperature=0.0, stop=("\n\n", "\nQuestion", "Question:"))
     (answered,) = llm.generate([question], params)
     part = json.loads((tmp_path / "out" / "base" / "knowmem_forget.json").read_text())["part"]
@@ -220,4 +220,4 @@ def test_figures_are_means_of_f1_and_of_recall() -> None:
 
 
 def test_examples_come_before_the_question() -> None:
-    assert question_text("Q?", [Pair("P?", "A")]) == "Question: P?\nAnswer: A\n\nQuestion: Q?\nAnswer: "
+    assert question_text("Q?", [Pair("P?", "A")]) == "Question: P?\nAnswer: A\n\nQuestion: Q?\nAnswer:"

@@ -63,8 +63,10 @@ def answer(
 
 
 def question_text(question: str, examples: Sequence[Pair]) -> str:
+    """MUSE's code ends in "Answer: ". Byte-level tokenizers make that space a token of its own, after which little but
+    digits is likely (SmolLM2 answered "1984's The Shining"), and what a model knows would look forgotten."""
     shots = [f"Question: {pair.prompt}\nAnswer: {pair.truth}\n\n" for pair in examples]
-    return "".join(shots) + f"Question: {question}\nAnswer: "
+    return "".join(shots) + f"Question: {question}\nAnswer:"
 
 
 def read(model: Model, subject: Subject, texts: Sequence[str], *, share: float, advance: Advance) -> Familiar:

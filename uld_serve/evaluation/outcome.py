@@ -44,7 +44,7 @@ def publish(args: argparse.Namespace, record: Mapping[str, object], text: str, c
     """Writes both files whole, and prints."""
     write_whole(args.out / "summary.json", json.dumps(record, indent=1) + "\n")
     write_whole(args.out / "report.md", text)
-    console.print(text, markup=False, highlight=False)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"written: {args.out / 'report.md'}", highlight=False)
     if args.json:
         print(json.dumps(record))

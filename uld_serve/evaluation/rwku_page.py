@@ -10,9 +10,9 @@ from uld_serve.evaluation.pictures import bars, new_figure, save
 from uld_serve.evaluation.table import Column, table
 
 LEVELS = {
-    "fill in the blank": ("forget", "level1"),
-    "question": ("forget", "level2"),
-    "attack": ("forget", "level3"),
+    "forget: blank": ("forget", "level1"),
+    "forget: question": ("forget", "level2"),
+    "forget: attack": ("forget", "level3"),
     "neighbour: blank": ("neighbor", "level1"),
     "neighbour: question": ("neighbor", "level2"),
 }
@@ -93,7 +93,8 @@ def draw(folder: Path, rows: Mapping[str, Figures]) -> list[str]:
             axes, {f"{kind}\n(n {count})": ("attacks", kind, "recall") for kind, count in kinds.items()}, rows
         )
         axes.set(ylim=(0, None), ylabel="ROUGE-L recall", title="RWKU, level 3: what is said to each attack")
-        axes.tick_params(axis="x", labelrotation=40, labelsize="small")
+        for label in axes.get_xticklabels():
+            label.set(rotation=35, ha="right", rotation_mode="anchor", fontsize="small")
         axes.legend(fontsize="small")
         drawn.append(save(figure, folder / ATTACKS_PICTURE))
     return drawn
