@@ -11,10 +11,12 @@ import jsonschema
 import pytest
 import torch
 from oracle import Oracle
+from recorded_run import RecordedRun
 from tiny_base import RULES, Tiny
 from uld_kernels import reference
 
 from uld_serve.engine.async_engine import AsyncEngine
+from uld_serve.engine.cuda_graphs import GraphedRunner
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.grammar import MAX_COMPILED, MAX_SCHEMA_CHARS, MAX_SCHEMA_VALUES, Grammars
 from uld_serve.engine.plan import Applied, Decision
@@ -143,6 +145,21 @@ def test_rows_with_a_schema_never_run_a_step_ahead(tiny: Tiny, make_engine: Make
             num_ahead += 1
             assert [item for item in engine.ahead.scheduled if item.sequence.request_id == "json"] == []
     assert num_ahead > 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_recorded_steps_draw_under_the_schema_too(tiny: Tiny, make_engine: MakeEngine, overlap: bool) -> None:
+    found = []
+    for records in (False, True):
+        engine = make_engine(overlap=overlap and records)
+        if records:
+            engine.planner.defers_logits = False  # as on a GPU
+            engine.runner = GraphedRunner.around(engine.runner, RecordedRun, max_rows=8)
+        for number, name in enumerate(("late-fork", "truncated")):
+            engine.add(name, PROMPT, replace(ASK, logprobs=None, seed=number), decision(tiny, (name,)))
+        found.append({name: tokens(got) for name, got in run(engine).items()})
+    assert found[0] == found[1]
+    assert engine.runner.graphs.num_replayed > 10
 
 
 def test_a_step_that_is_run_again_asks_for_the_same_mask(make_engine: MakeEngine) -> None:
