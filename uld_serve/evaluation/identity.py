@@ -15,13 +15,14 @@ NO_MATTER = ("_name_or_path", "transformers_version")
 
 
 def identity(llm: LLM) -> dict[str, object]:
-    """Weights as stored, what config.json says of them, the dtype and device here, how texts become tokens and end,
-    and the software. For JSON; equal where the same command would measure the same."""
+    """Weights as stored and how they are rounded, what config.json says of them, the dtype and device here, how texts
+    become tokens and end, and the software. For JSON; equal where the same command would measure the same."""
     base = llm.base
     config = base.model.config.to_dict()
     return {
         "fingerprint": base.fingerprint,
         "config": {name: repr(value) for name, value in sorted(config.items()) if name not in NO_MATTER},
+        "weights": base.weights,
         "dtype": str(base.dtype),
         "device": device_name(base.device),
         "tokenizer": base.tokenizer_hash,

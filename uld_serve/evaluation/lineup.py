@@ -69,20 +69,24 @@ def read_chosen(args: argparse.Namespace) -> Chosen:
     least = [args.limit, getattr(args, "max_tokens", None)]
     if any(number is not None and number < 1 for number in least):
         raise DataError("--max-tokens and --limit must be at least 1")
-    if len(set(args.profile)) < len(args.profile):
-        raise DataError("--profile names one twice")
     groups = parse_groups(args.group)
+    if {BASE, REFERENCE} & set(groups):
+        raise DataError(f"a group cannot be called {BASE} or {REFERENCE}: the report has rows of that name")
+    chosen = chosen_profiles(args.profiles, args.profile)
     names = list(dict.fromkeys([*args.profile, *(name for members in groups.values() for name in members)]))
-    if {BASE, REFERENCE} & {*names, *groups}:
-        raise DataError(
-            f"a profile or group called {BASE} or {REFERENCE} cannot be evaluated: the report has rows of that name"
-        )
     if both := set(groups) & set(names):
         raise DataError(f"{', '.join(sorted(both))} is a group and a profile; call the group something else")
-    return Chosen(_found(args.profiles, names), groups)
+    return Chosen([*chosen, *chosen_profiles(args.profiles, names[len(chosen) :])], groups)
 
 
-def _found(folder: Path, names: Sequence[str]) -> list[tuple[Path, ProfileVersion]]:
+def chosen_profiles(folder: Path, names: Sequence[str]) -> list[tuple[Path, ProfileVersion]]:
+    """In the order of `names`. Raises DataError: one twice, one that is not there, one with the name of a row."""
+    if len(set(names)) < len(names):
+        raise DataError("--profile names one twice")
+    if {BASE, REFERENCE} & set(names):
+        raise DataError(
+            f"a profile called {BASE} or {REFERENCE} cannot be evaluated: the report has rows of that name"
+        )
     there = {
         version.name: (path, version)
         for path, version in ((path, read_profile(path)) for path in profile_directories(folder))

@@ -15,6 +15,7 @@ from uld_serve.evaluation.attacks.pictures import draw
 from uld_serve.evaluation.attacks.report import markdown
 from uld_serve.evaluation.attacks.run import PROBES, SAMPLING
 from uld_serve.evaluation.attacks.session import Options, Session
+from uld_serve.evaluation.kept import write_whole
 from uld_serve.profiles.registry import BUILTIN
 
 SUMMARY = "attack a base and its profiles on a forget set of one's own"
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     write_json(args.out / "probes.json", answers)
     write_json(args.out / "summary.json", record)
     text = markdown(record, pictures=draw(args.out, record))
-    (args.out / "report.md").write_text(text, encoding="utf-8")
+    write_whole(args.out / "report.md", text)
     console.print(text, markup=False, highlight=False)
     console.print(f"written: {args.out / 'report.md'}", highlight=False)
     if args.json:

@@ -13,7 +13,7 @@ from uld_serve.evaluation.attacks.difference import View, difference_rank, ranke
 from uld_serve.evaluation.attacks.leak_at_k import curve, mean_leak_at_k
 from uld_serve.evaluation.attacks.places import Encoder, plain_ids
 from uld_serve.evaluation.attacks.run import DIFFERENCE, SAMPLING, Found, Plan
-from uld_serve.evaluation.subjects import BASE
+from uld_serve.evaluation.lineup import BASE
 
 Leaks = dict[str, dict[str, list[list[bool]]]]
 """By probe and subject, whether each answer to each case leaks."""

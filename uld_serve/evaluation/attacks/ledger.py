@@ -3,10 +3,11 @@ probes. Knows no model and no probe."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from uld_serve.evaluation.kept import key_of, write_whole
 
 Make = Callable[[Sequence[int]], Sequence[object]]
 """Positions of what is asked -> an answer each."""
@@ -24,7 +25,7 @@ class Ledger:
     ) -> list[object]:
         """One answer each, asking only what was not asked before, `at_once` at a time, each time kept before the next.
         What is asked must tell apart all that decides the answer. The same asked twice is asked once."""
-        keys = [hashlib.sha256(json.dumps(one, sort_keys=True).encode()).hexdigest() for one in asked]
+        keys = [key_of(one) for one in asked]
         missing = list({key: number for number, key in enumerate(keys) if key not in self._kept}.values())
         advance(len(asked) - len(missing))
         for start in range(0, len(missing), at_once):
@@ -39,9 +40,7 @@ class Ledger:
 def write_json(path: Path, record: object) -> None:
     """All or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _read(path: Path) -> dict[str, object]:

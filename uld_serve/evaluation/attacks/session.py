@@ -20,7 +20,9 @@ from uld_serve.evaluation.attacks.ledger import write_json
 from uld_serve.evaluation.attacks.places import Encoder
 from uld_serve.evaluation.attacks.rewrites import Rewrites, rewrites
 from uld_serve.evaluation.attacks.run import INT8, Found, Plan, ask_all, ask_rounded, plan, with_answers
-from uld_serve.evaluation.subjects import BASE, REFERENCE, chosen_profiles, identity
+from uld_serve.evaluation.identity import identity
+from uld_serve.evaluation.kept import key_of
+from uld_serve.evaluation.lineup import BASE, REFERENCE, chosen_profiles
 from uld_serve.llm import LLM
 from uld_serve.profiles.profile import ProfileVersion
 
@@ -147,7 +149,7 @@ class Session:
         return Asker(
             model=llm,
             profile=None if version is None else version.name,
-            version=identity(llm) if version is None else f"{identity(llm)} {version.digest}",
+            version=key_of(identity(llm), None if version is None else version.digest),
             folder=self.options.out / "answers" / subject,
             max_tokens=self.options.max_tokens,
             advance=lambda count: progress.advance(task, count),
