@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     title = f"{version.name}: {len(points)} settings on the choosing half"
     picture = draw_sweep(args.out, points, marked, title=title)
     for line in outcome.lines():
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {target} ({tuned.ref}), {args.out / RECORD}", highlight=False, markup=False)
     if picture is None:
         console.print("no picture: matplotlib is not installed (pip install 'uld-serve[plot]')", markup=False)
