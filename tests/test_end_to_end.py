@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from real_server import START_TIMEOUT_S, Served, start
+from served_process import START_TIMEOUT_S, Served, start
 from tiny_base import Tiny
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_server import Served, start
+from served_process import Served, start
 from tiny_base import Tiny
 
 import uld_serve.evaluation.tasks
