@@ -3,8 +3,8 @@ Scores are those that `local-completions` gets of a server, where nothing is tru
 
     python -m uld_serve.evaluation.harness run --model uld-serve --model_args profile=acme,profiles=DIR --tasks ...
 
-or, in a program, import this module and call lm_eval.simple_evaluate(model="uld-serve", ...). lm-eval finds models
-by their import only, which is why its own command does not know this one."""
+or, in a program, import this module and call lm_eval.simple_evaluate(model="uld-serve", ...). lm-eval finds
+models only by an import, which is why its own command does not know this one."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ PICTURE = "sweep.png"
 # Marks as well as colours: prints may be grey.
 MARKS = "osD^vPX"
 LINEAR_NATS = 0.1
-"""Retain axes are linear up to here, where constraints lie, and logarithmic above."""
+"""The axis of strength against loss is linear up to here, where constraints lie, and logarithmic above."""
+TICKS = (0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,7 @@ def draw_sweep(folder: Path, points: Sequence[Point], marked: Marked, *, title: 
     """Name of the picture; None without matplotlib."""
     try:
         figure: Any = importlib.import_module("matplotlib.figure").Figure(
-            figsize=(9, 5.2), layout="constrained"
+            figsize=(9, 5.8), layout="constrained"
         )
     except ImportError:
         return None
@@ -53,6 +54,9 @@ def draw_sweep(folder: Path, points: Sequence[Point], marked: Marked, *, title: 
     drawn = curves(points)
     strengths(panels, drawn, marked)
     trade(panels["trade"], drawn, marked)
+    figure.legend(
+        *panels["trade"].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small"
+    )
     figure.suptitle(title, fontsize="medium")
     figure.savefig(folder / PICTURE, dpi=120)
     return PICTURE
@@ -68,6 +72,11 @@ def strengths(panels: Mapping[str, Any], drawn: Mapping[str, Sequence[Point]], m
     forget.tick_params(labelbottom=False)
     retain.set(xlabel="strength α", ylabel="lost\n(retain NLL rise, nats)")
     retain.set_yscale("symlog", linthresh=LINEAR_NATS)
+    # By default there is a tick at each power of ten: two of them, as powers.
+    retain.set_yticks(TICKS, labels=[f"{tick:g}" for tick in TICKS])
+    retain.minorticks_off()
+    losses = [0.0, *(point.retain.rise for points in drawn.values() for point in points)]
+    retain.set_ylim(min(losses) - 0.01, max(losses) * 1.3 + 0.02)
     if marked.max_rise is not None:
         retain.axhline(marked.max_rise, color="0.4", linestyle=":", linewidth=1.3)
     for axes in (forget, retain):
@@ -76,21 +85,19 @@ def strengths(panels: Mapping[str, Any], drawn: Mapping[str, Sequence[Point]], m
 
 
 def trade(axes: Any, drawn: Mapping[str, Sequence[Point]], marked: Marked) -> None:
+    """Linear, for the knee is the point farthest above the chord, which is drawn."""
     _lines(axes, drawn, _lost_and_forgotten)
+    for number, points in enumerate(drawn.values()):
+        if any(point in marked.knees for point in points):
+            ends = [(0.0, 0.0), _lost_and_forgotten(points[-1])]
+            axes.plot(*zip(*ends, strict=True), "--", color=f"C{number % 10}", linewidth=0.8)
     _marks(axes, marked, _lost_and_forgotten)
     if marked.max_rise is not None:
-        axes.axvline(
-            marked.max_rise,
-            color="0.4",
-            linestyle=":",
-            linewidth=1.3,
-            label=f"constraint: retain ≤ +{marked.max_rise:g}",
-        )
+        label = f"constraint: lost ≤ {marked.max_rise:g}"
+        axes.axvline(marked.max_rise, color="0.4", linestyle=":", linewidth=1.3, label=label)
     axes.plot(0, 0, "k+", markersize=9, label="base")
     axes.set(xlabel="lost (retain NLL rise, nats)", ylabel="forgotten (forget NLL rise, nats)")
-    axes.set_xscale("symlog", linthresh=LINEAR_NATS)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="lower right")
 
 
 def _lost_and_forgotten(point: Point) -> tuple[float, float]:
@@ -115,10 +122,10 @@ def _lines(
 
 def _marks(axes: Any, marked: Marked, place: Callable[[Point], tuple[float, float]]) -> None:
     """Hollow, so that the points inside stay visible, and of three sizes for where they are one."""
-    for number, knee in enumerate(marked.knees):
-        label = f"knee: α = {knee.rule.strength:g}"
-        axes.plot(*place(knee), "s", color=f"C{number % 10}", markersize=11, fillstyle="none", label=label)
-    for point, mark, size, what in ((marked.own, "o", 16, "now"), (marked.chosen, "*", 20, "chosen")):
+    for knee in marked.knees:
+        label = f"knee of {knee.rule.kind}, {knee.rule.filter.mode}: α = {knee.rule.strength:g}"
+        axes.plot(*place(knee), "s", color="C3", markersize=10, fillstyle="none", label=label)
+    for point, mark, size, what in ((marked.own, "o", 13, "now"), (marked.chosen, "*", 17, "chosen")):
         if point is not None:
             label = f"{what}: {told(point.rule)}"
             axes.plot(*place(point), mark, color="k", markersize=size, fillstyle="none", label=label)
