@@ -95,7 +95,7 @@ def _quality(figure: Any, points: Mapping[str, tuple[Range, Range]], split: str)
     )
     axes.grid(alpha=0.3)
     axes.margins(x=0.15)
-    axes.legend(loc="best", fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 
