@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 from live_server import CREATED, LiveServer
@@ -15,7 +15,9 @@ from tiny_base import Tiny
 from uld_serve.engine.async_engine import AsyncEngine
 from uld_serve.engine.engine import Engine
 from uld_serve.profiles.registry import Registry
+from uld_serve.server.audit import AuditLog
 from uld_serve.server.catalog import Catalog
+from uld_serve.server.telemetry import Telemetry
 
 Body = dict[str, object]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -80,17 +82,21 @@ class Answer:
 class RealServer:
     live: LiveServer
     engine: Engine
-    lines: list[str] = field(default_factory=list)
+    audit: Path
 
     def ask(self, path: str, body: Body, headers: Mapping[str, str] | None = None) -> Answer:
-        del self.lines[:]
+        recorded = len(self._recorded())
         response = self.live.post(path, body, headers=headers)
         assert response.status_code == 200, response.text
-        return Answer(self, path, body, response, [json.loads(line) for line in self.lines])
+        return Answer(self, path, body, response, self._recorded()[recorded:])
+
+    def _recorded(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.audit.read_text().splitlines()]
 
 
 @contextmanager
-def real_server(tiny: Tiny, engine: Engine) -> Iterator[RealServer]:
+def real_server(tiny: Tiny, engine: Engine, audit: Path) -> Iterator[RealServer]:
+    """`audit`: the file to write its audit log to."""
     catalog = Catalog(
         model=BASE,
         registry=Registry(version for _, version in tiny.profiles.values()),
@@ -98,15 +104,8 @@ def real_server(tiny: Tiny, engine: Engine) -> Iterator[RealServer]:
         max_model_len=engine.config.max_model_len,
         created=CREATED,
     )
-    made = RealServer(LiveServer.start(catalog, AsyncEngine(engine)), engine)
-    logger, handler = logging.getLogger("uld_serve.audit"), logging.Handler()
-    handler.emit = lambda record: made.lines.append(record.getMessage())  # type: ignore[method-assign]
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    live = LiveServer.start(catalog, AsyncEngine(engine), telemetry=Telemetry(audit=AuditLog(audit)))
     try:
-        yield made
+        yield RealServer(live, engine, audit)
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        made.live.stop()
+        live.stop()

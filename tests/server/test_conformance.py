@@ -108,7 +108,7 @@ CASES = [
     Case("logit_bias", {str(A): 100, str(B): 100, "258": -100}, lambda a: set(a.text) <= {"a", "b"}),
     Case("min_tokens", 4, lambda a: num_drawn(a) >= 4, ONLY_END),
     Case("ignore_eos", True, lambda a: (num_drawn(a), a.finish) == (8, "length"), ONLY_END),
-    Case("user", "ann", lambda a: [line["user"] for line in a.audit] == ["ann"]),
+    Case("user", "ann", lambda a: [line["user"] for line in a.audit] == ["ann"] * 2),
     Case("max_tokens", 3, lambda a: (num_drawn(a), a.finish) == (3, "length"), ONLY_A, instead=5),
     Case(
         "prompt_logprobs",
@@ -167,8 +167,10 @@ def prompt_entries(answer: Answer) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def real(tiny: Tiny, make_engine: Callable[..., Engine]) -> Iterator[RealServer]:
-    with real_server(tiny, make_engine()) as server:
+def real(
+    tiny: Tiny, make_engine: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RealServer]:
+    with real_server(tiny, make_engine(), tmp_path_factory.mktemp("audit") / "audit.jsonl") as server:
         yield server
 
 

@@ -18,8 +18,10 @@ from functools import partial
 from typing import TypeVar
 
 from uld_serve.engine.engine import Engine
+from uld_serve.engine.grammar import Grammar
 from uld_serve.engine.plan import Decision
 from uld_serve.engine.request import Delta, Load, SamplingParams
+from uld_serve.engine.schema_queue import SchemaQueue
 from uld_serve.engine.tokenizer import Tokenizer
 from uld_serve.errors import EngineStopped, Overloaded, UldError
 
@@ -32,11 +34,13 @@ IDLE_BEAT_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """Where a request's deltas go: a queue that lives in its own event loop."""
+    """Where a request's deltas go: a queue that lives in its own event loop. `grammar` is held for the engine, which
+    must not compile it again."""
 
     request_id: str
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[Delta | UldError]
+    grammar: Grammar | None
 
     def put(self, item: Delta | UldError) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
@@ -54,6 +58,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._schemas = SchemaQueue(engine.grammars)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # touched by the step loop's thread only
         self._num_open = 0  # touched by event loops only
@@ -119,8 +124,9 @@ class AsyncEngine:
         A request that fails later ends with a Delta of finish_reason "error".
         """
         self._refuse_if_full()
-        await self._validate(prompt_ids, params, cache_salt)
-        stream = _Stream(request_id, asyncio.get_running_loop(), asyncio.Queue())
+        grammar = await self._grammar(params, cache_salt)
+        self._engine.validate(prompt_ids, params, cache_salt=cache_salt)
+        stream = _Stream(request_id, asyncio.get_running_loop(), asyncio.Queue(), grammar)
         self._inbox.put(lambda: self._add(stream, prompt_ids, params, decision, tenant, cache_salt))
         if not self.is_alive:
             # The loop may have ended since it was asked, and nobody would read the inbox again. If it has not, it
@@ -158,12 +164,12 @@ class AsyncEngine:
             raise self._failure or EngineStopped("the server is stopping; send the request elsewhere")
         return await done
 
-    async def _validate(self, prompt_ids: list[int], params: SamplingParams, cache_salt: str) -> None:
+    async def _grammar(self, params: SamplingParams, cache_salt: str) -> Grammar | None:
         if params.json_schema is None:
-            return self._engine.validate(prompt_ids, params)
-        # Compiling takes up to a second, in which the event loop would stand still.
-        await asyncio.to_thread(self._engine.validate, prompt_ids, params, cache_salt=cache_salt)
+            return None
+        grammar = await self._schemas.compiled(params.json_schema, salt=cache_salt)
         self._refuse_if_full()
+        return grammar
 
     def _refuse_if_full(self) -> None:
         if not self.is_alive:

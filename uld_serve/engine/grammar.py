@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class GrammarState:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Grammar:
     """A compiled schema; any number of answers may start from it."""
 
@@ -95,26 +96,43 @@ class Grammar:
 
 
 class Grammars:
-    """Compiles schemas for one tokenizer and keeps the last ones. Thread-safe; the first call takes a second or two, to
-    look at every token."""
+    """Compiles schemas for one tokenizer, one at a time, and keeps the last ones and those that somebody holds.
+    Thread-safe; the first call takes a second or two, to look at every token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._lock = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
+        self._compiling = threading.Lock()
+        # Of what follows; never held while compiling, because the step loop asks for what is there.
+        self._lock = threading.Lock()
         self._compiled: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
+        self._held: WeakValueDictionary[tuple[str, str], Grammar] = WeakValueDictionary()
 
     def compiled(self, schema: str, *, salt: str = "") -> Grammar:
         """Raises InvalidRequest, with response_format as its param, for a schema that is too large or cannot be
         enforced. What one salt has compiled makes nothing faster for another, who could tell by the clock."""
-        with self._lock:
-            found = self._compiled.get((salt, schema))
-            if found is None:
-                found = self._compiled[salt, schema] = self._compile(schema)
-                if len(self._compiled) > MAX_COMPILED:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end((salt, schema))
+        found = self.find(schema, salt=salt)
+        if found is not None:
             return found
+        with self._compiling:
+            found = self.find(schema, salt=salt) or self._compile(schema)
+            self._keep((salt, schema), found)
+        return found
+
+    def find(self, schema: str, *, salt: str = "") -> Grammar | None:
+        """What is compiled already. Waits for nobody."""
+        with self._lock:
+            found = self._held.get((salt, schema))
+            if (salt, schema) in self._compiled:
+                self._compiled.move_to_end((salt, schema))
+            return found
+
+    def _keep(self, key: tuple[str, str], grammar: Grammar) -> None:
+        with self._lock:
+            self._compiled[key] = self._held[key] = grammar
+            self._compiled.move_to_end(key)
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
 
     def _compile(self, schema: str) -> Grammar:
         require_bounded(schema)
