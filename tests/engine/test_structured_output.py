@@ -171,6 +171,39 @@ def test_a_step_that_is_run_again_asks_for_the_same_mask(make_engine: MakeEngine
     assert not torch.equal(state.allowed([ord("{")]), first)
 
 
+class Ambiguous:
+    """A matcher that comes to its limit after some masks."""
+
+    def __init__(self, matcher: object, num_masks: int) -> None:
+        self.matcher, self.num_masks = matcher, num_masks
+
+    def consume_tokens(self, token_ids: list[int]) -> bool:
+        return self.matcher.consume_tokens(token_ids)
+
+    def compute_bitmask(self) -> bytes:
+        self.num_masks -= 1
+        return self.matcher.compute_bitmask()
+
+    def is_accepting(self) -> bool:
+        return self.matcher.is_accepting()
+
+    def is_error(self) -> bool:
+        return self.num_masks < 0
+
+
+def test_a_mask_that_could_not_be_made_is_not_the_one_before(make_engine: MakeEngine) -> None:
+    """The step that fails is run again, and the state is then asked a second time."""
+    engine = make_engine()
+    for name in ("a", "b"):
+        engine.add(name, PROMPT, ASK, Decision.base())
+    state = engine.sequences["a"].grammar
+    state._matcher = Ambiguous(state._matcher, 3)
+    found = run(engine)
+    assert (found["a"][-1].finish_reason, found["a"][-1].error.code) == ("error", "response_format_failed")
+    assert len(tokens(found["a"])) == 3
+    jsonschema.validate(answer(found["b"]), SCHEMA)
+
+
 def test_length_in_the_middle_is_reported_as_length(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine.add("a", PROMPT, replace(ASK, max_tokens=5), Decision.base())
@@ -209,6 +242,8 @@ BAD = {
     "bad pattern": '{"type":"string","pattern":"secretword("}',
     "long": json.dumps({"const": "x" * MAX_SCHEMA_CHARS}),
     "wide": json.dumps({"enum": list(range(MAX_SCHEMA_VALUES))}),
+    "deep": '{"items":' * 400 + "{}" + "}" * 400,
+    "deeper": '{"allOf":[' * 400 + "{}" + "]}" * 400,
     "exploding": json.dumps(
         {"allOf": [{"anyOf": [{"pattern": f"^a{i}b{j}"} for j in range(10)]} for i in range(10)]}
     ),

@@ -24,6 +24,8 @@ from uld_serve.errors import InvalidRequest, UldError
 # At both limits the worst schema found takes 0.6 s to compile, beside the step loop, and 30 ms a token.
 MAX_SCHEMA_CHARS = 32_768
 MAX_SCHEMA_VALUES = 2_000
+# Above 127 llguidance's own reader gives up; a request's body is refused earlier.
+MAX_SCHEMA_DEPTH = 64
 MAX_COMPILED = 64
 # Small models that may write any number of blanks sometimes write nothing else.
 MAX_BLANKS = 20
@@ -54,6 +56,7 @@ class GrammarState:
         write to it. Raises UldError if the schema turns out to be too ambiguous to follow."""
         new = list(output_ids[self._num_read :])
         if new or self._allowed_V is None:
+            self._allowed_V = None  # also where what follows fails: the old mask is not what may come now
             self._read(new)
             self._allowed_V = self._mask()
         return self._allowed_V
@@ -171,24 +174,27 @@ def require_bounded(schema: str) -> None:
         raise InvalidRequest(f"the schema is longer than {MAX_SCHEMA_CHARS} characters", param=PARAM)
     try:
         value = json.loads(schema)
+        num_values = _num_values(value, depth=0)
     except (ValueError, RecursionError):
         raise InvalidRequest("the schema is not JSON", param=PARAM) from None
     if not isinstance(value, dict):
         raise InvalidRequest("the schema must be a JSON object", param=PARAM)
-    if _num_values(value) > MAX_SCHEMA_VALUES:
+    if num_values > MAX_SCHEMA_VALUES:
         raise InvalidRequest(
             f"the schema holds more than {MAX_SCHEMA_VALUES} values (keywords, properties, enum entries)",
             param=PARAM,
         )
 
 
-def _num_values(value: object) -> int:
+def _num_values(value: object, *, depth: int) -> int:
+    if depth > MAX_SCHEMA_DEPTH:
+        raise InvalidRequest(f"the schema is nested deeper than {MAX_SCHEMA_DEPTH} levels", param=PARAM)
     inner: Sequence[object] = ()
     if isinstance(value, dict):
         inner = list(value.values())
     elif isinstance(value, list):
         inner = value
-    return 1 + sum(_num_values(one) for one in inner)
+    return 1 + sum(_num_values(one, depth=depth + 1) for one in inner)
 
 
 def _refusal(reason: str) -> InvalidRequest:
