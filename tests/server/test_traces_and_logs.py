@@ -104,12 +104,21 @@ def test_json_log_has_a_line_a_request_and_no_text(
 ) -> None:
     stderr = logged(LogSettings(format="json", level="info"))
     server = start_server(engine=FakeEngine())
-    answer = server.post("/v1/completions", ASK).json()
+    answer = server.post("/v1/completions", ASK | {"user": "private Ann"}).json()
     lines = [json.loads(line) for line in stderr.getvalue().splitlines()]
     (line,) = [line for line in lines if line["logger"] == "uld_serve.request"]
     assert (line["id"], line["outcome"], line["forget"]) == (answer["id"], "ok", ACME)
     assert (line["completion_tokens"], line["key"]) == (5, "development")
     assert "private" not in stderr.getvalue()
+
+
+def test_a_field_of_a_text_log_is_one_word(logged: Callable[[LogSettings], io.StringIO]) -> None:
+    stderr = logged(LogSettings())
+    fields = {"key": "team a\n2026-01-01 error forged=1", "n": 2, "model": "m:a+b"}
+    logging.getLogger("here").warning("ended", extra={"fields": fields})
+    line = stderr.getvalue()
+    assert line.count("\n") == 1
+    assert line.endswith(r'ended key="team a\n2026-01-01 error forged=1" n=2 model=m:a+b' + "\n")
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
