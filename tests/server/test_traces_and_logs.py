@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from uld_serve.engine.request import Measure, Timing
 from uld_serve.errors import NumericalError
 from uld_serve.server import logs
-from uld_serve.server.metrics import Metrics
+from uld_serve.server.metrics import MAX_SETS, Metrics
 from uld_serve.server.settings import LogSettings
 from uld_serve.server.telemetry import Telemetry
 from uld_serve.server.tracing import Tracing
@@ -181,3 +181,19 @@ def test_every_metric_moves(start_server: Callable[..., LiveServer]) -> None:
     assert found["uld_num_requests_running"] == 0
     assert found["uld_profiles_loaded"] == 3
     assert names <= {name.split("{")[0] for name in found}
+
+
+def test_clients_who_ask_for_every_set_of_profiles_do_not_make_a_series_each() -> None:
+    metrics, measure = Metrics(), Measure(kl_nats=0.25, num_kept=40, argmax_changed=True)
+    for number in range(MAX_SETS + 10):
+        for profile in (f"a@1,b@{number}", f"c@{number}"):
+            metrics.measured(profile, measure)
+            metrics.ended(profile, "ok", 1.0)
+    found = {
+        name: value
+        for name, value in values(metrics).items()
+        if name.startswith("uld_profile_requests_total")
+    }
+    assert len(found) == (MAX_SETS + 10) + MAX_SETS + 1
+    assert found['uld_profile_requests_total{profile="other"}'] == 10
+    assert values(metrics)['uld_profile_kl_nats_count{profile="other"}'] == 10
