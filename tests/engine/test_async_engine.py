@@ -167,3 +167,19 @@ def test_a_dead_step_loop_ends_every_stream_and_shows(
             await collect(engine, "late", Decision.base())
 
     asyncio.run(main())
+
+
+def test_the_words_of_an_unexpected_error_are_in_no_log_message(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("private words")
+
+    engine = make_engine()
+    monkeypatch.setattr(type(engine.runner), "run", fail)
+    engine.add("a", PROMPT, GREEDY, Decision.base())
+    (delta,) = engine.step()
+    assert delta.error is not None
+    messages = [record.getMessage() for record in caplog.records]
+    assert "request a failed: RuntimeError" in messages
+    assert "private" not in "".join(messages)

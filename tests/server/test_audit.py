@@ -171,6 +171,17 @@ def test_moved_file_is_begun_anew_after_reopen(log: AuditLog, tmp_path: Path) ->
     assert [line["event"] for line in lines(log.path)] == ["two"]
 
 
+def test_file_that_was_deleted_is_made_anew(log: AuditLog) -> None:
+    log.write("one")
+    log.path.unlink()
+    log.write("two")
+    assert [line["event"] for line in lines(log.path)] == ["two"]
+    log.path.unlink()
+    log.path.mkdir()
+    with pytest.raises(AuditUnavailable):
+        log.write("three")
+
+
 def test_file_that_cannot_be_opened_is_refused_at_start(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot write the audit log"):
         AuditLog(tmp_path / "missing" / "a")

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from uld_serve.engine.request import Measure, Timing
 from uld_serve.errors import NumericalError
 from uld_serve.server import logs
-from uld_serve.server.metrics import Metrics
+from uld_serve.server.metrics import MAX_SETS, Metrics
 from uld_serve.server.settings import LogSettings
 from uld_serve.server.telemetry import Telemetry
 from uld_serve.server.tracing import Tracing
@@ -104,12 +104,21 @@ def test_json_log_has_a_line_a_request_and_no_text(
 ) -> None:
     stderr = logged(LogSettings(format="json", level="info"))
     server = start_server(engine=FakeEngine())
-    answer = server.post("/v1/completions", ASK).json()
+    answer = server.post("/v1/completions", ASK | {"user": "private Ann"}).json()
     lines = [json.loads(line) for line in stderr.getvalue().splitlines()]
     (line,) = [line for line in lines if line["logger"] == "uld_serve.request"]
     assert (line["id"], line["outcome"], line["forget"]) == (answer["id"], "ok", ACME)
     assert (line["completion_tokens"], line["key"]) == (5, "development")
     assert "private" not in stderr.getvalue()
+
+
+def test_a_field_of_a_text_log_is_one_word(logged: Callable[[LogSettings], io.StringIO]) -> None:
+    stderr = logged(LogSettings())
+    fields = {"key": "team a\n2026-01-01 error forged=1", "n": 2, "model": "m:a+b"}
+    logging.getLogger("here").warning("ended", extra={"fields": fields})
+    line = stderr.getvalue()
+    assert line.count("\n") == 1
+    assert line.endswith(r'ended key="team a\n2026-01-01 error forged=1" n=2 model=m:a+b' + "\n")
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
@@ -172,3 +181,19 @@ def test_every_metric_moves(start_server: Callable[..., LiveServer]) -> None:
     assert found["uld_num_requests_running"] == 0
     assert found["uld_profiles_loaded"] == 3
     assert names <= {name.split("{")[0] for name in found}
+
+
+def test_clients_who_ask_for_every_set_of_profiles_do_not_make_a_series_each() -> None:
+    metrics, measure = Metrics(), Measure(kl_nats=0.25, num_kept=40, argmax_changed=True)
+    for number in range(MAX_SETS + 10):
+        for profile in (f"a@1,b@{number}", f"c@{number}"):
+            metrics.measured(profile, measure)
+            metrics.ended(profile, "ok", 1.0)
+    found = {
+        name: value
+        for name, value in values(metrics).items()
+        if name.startswith("uld_profile_requests_total")
+    }
+    assert len(found) == (MAX_SETS + 10) + MAX_SETS + 1
+    assert found['uld_profile_requests_total{profile="other"}'] == 10
+    assert values(metrics)['uld_profile_kl_nats_count{profile="other"}'] == 10

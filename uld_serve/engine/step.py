@@ -117,7 +117,10 @@ class Steps:
 
 
 def _blamed(item: Scheduled, error: Exception) -> UldError:
-    logger.error("request %s failed: %s", item.sequence.request_id, error)
+    told = (
+        error.message if isinstance(error, UldError) else type(error).__name__
+    )  # its words may be the client's
+    logger.error("request %s failed: %s", item.sequence.request_id, told)
     return as_uld_error(error)
 
 

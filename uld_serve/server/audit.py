@@ -61,6 +61,11 @@ class AuditLog:
 
     def _append(self, line: bytes) -> None:
         descriptor = self._open()
+        if not os.fstat(
+            descriptor
+        ).st_nlink:  # it was deleted: what is written there is gone once we close it
+            self.close()
+            descriptor = self._open()
         size = os.fstat(descriptor).st_size
         if size and size + len(line) > self._settings.max_bytes:
             descriptor = self._begin_anew()

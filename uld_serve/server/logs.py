@@ -23,7 +23,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = self.formatTime(record)
-        fields = "".join(f" {name}={value}" for name, value in _fields(record).items())
+        fields = "".join(f" {name}={_shown(value)}" for name, value in _fields(record).items())
         line = f"{stamp} {record.levelname.lower()} {record.name}: {record.getMessage()}{fields}"
         return "\n  ".join([line, *_told(record, error_text=self.error_text)])
 
@@ -60,6 +60,12 @@ def configure(settings: LogSettings) -> None:
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     fields = getattr(record, "fields", {})
     return fields if isinstance(fields, dict) else {}
+
+
+def _shown(value: object) -> str:
+    """In quotes where it would look like more than one value, or more than one line."""
+    text = str(value)
+    return text if text.isprintable() and not set(text) & set(' "=') else json.dumps(text)
 
 
 def _told(record: logging.LogRecord, *, error_text: bool) -> list[str]:

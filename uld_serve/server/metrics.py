@@ -13,13 +13,18 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 NATS = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 TOKENS = (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000, 31_623, 100_000)
+# Each has thirty series, and clients may ask for any set of profiles.
+MAX_SETS = 64
+OTHER_SETS = "other"
 
 
 class Metrics:
-    """One server's; `profile` labels are receipts: `name@digest12,…`, or `none`."""
+    """One server's; `profile` labels are receipts: `name@digest12,…`, or `none`. Every profile has its own, and the
+    first MAX_SETS sets of several; all other sets are `other`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._sets: set[str] = set()
         self.generation_tokens = self._counter("generation_tokens", "tokens drawn")
         self.prompt_tokens = self._counter("prompt_tokens", "prompt tokens of requests that ended, by choice")
         self.cached_prompt_tokens = self._counter(
@@ -76,6 +81,7 @@ class Metrics:
             Gauge(f"uld_{name}", what, registry=self.registry).set_function(value)
 
     def measured(self, profile: str, measure: Measure) -> None:
+        profile = self._label(profile)
         self.profile_measured.labels(profile).inc()
         self.profile_changed.labels(profile).inc(measure.argmax_changed)
         self.profile_kl.labels(profile).observe(measure.kl_nats)
@@ -84,12 +90,21 @@ class Metrics:
     def ended(self, profile: str, outcome: str, seconds: float) -> None:
         self.requests.labels(outcome).inc()
         self.request_s.observe(seconds)
+        profile = self._label(profile)
         self.profile_requests.labels(profile).inc()
         if outcome == "numerical_error":
             self.profile_errors.labels(profile).inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+    def _label(self, profile: str) -> str:
+        if "," not in profile or profile in self._sets:
+            return profile
+        if len(self._sets) >= MAX_SETS:
+            return OTHER_SETS
+        self._sets.add(profile)
+        return profile
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
         return Counter(f"uld_{name}", what, labels, registry=self.registry)

@@ -70,7 +70,9 @@ class Watch:
         self.metrics.ended(self.applied, outcome, seconds)
         if self.span is not None:
             self.span.end(outcome, self.applied, self.completion_tokens, self.timings)
-        logger.info("request ended", extra={"fields": self._fields(outcome, seconds)})
+        fields = self._fields(outcome, seconds)
+        del fields["user"]  # the client's own words, for the audit log alone
+        logger.info("request ended", extra={"fields": fields})
         if failure is not None and outcome == failure.code:
             raise failure
 
