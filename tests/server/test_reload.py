@@ -155,6 +155,46 @@ def test_sighup_reaches_a_running_process(tiny: Tiny, tmp_path: Path) -> None:
     assert "reloaded" in (tmp_path / "log").read_text()
 
 
+HUNG_UP_WHILE_LOADING = """
+import os, pathlib, signal, sys
+from uld_serve.server import command
+load = command._assemble
+def hung_up(settings):
+    config = pathlib.Path(sys.argv[-1])
+    config.write_text(config.with_name("new.toml").read_text())
+    os.kill(os.getpid(), signal.SIGHUP)
+    return load(settings)
+command._assemble = hung_up
+from uld_serve.cli import main
+sys.exit(main())
+"""
+
+
+def test_sighup_while_the_model_loads_is_done_when_it_is_loaded(tiny: Tiny, tmp_path: Path) -> None:
+    port = free_port()
+    head = (
+        f'model = "{tiny.folder}"\nprofiles = []\nport = {port}\nkv_cache_bytes = 16777216\ndtype = "float32"'
+    )
+    for name, key in {"server.toml": "one", "new.toml": "two"}.items():
+        (tmp_path / name).write_text(f"{head}\n{entry(key)}")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HUNG_UP_WHILE_LOADING, "serve", "--config", str(tmp_path / "server.toml")],
+            stderr=log,
+            stdout=log,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: process.poll() is not None or status(f"{url}/v1/models", "key-two") == 200)
+        assert process.poll() is None
+        assert status(f"{url}/v1/models", "key-one") == 401
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 def free_port() -> int:
     import socket
 

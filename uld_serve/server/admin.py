@@ -176,11 +176,11 @@ async def drain(operator: TheOperator, request: Annotated[DrainRequest, Depends(
     backend.is_draining = True
     try:
         async with asyncio.timeout(request.wait_s):
-            while len(backend.in_flight):
+            while backend.in_flight.num_admitted:
                 await asyncio.sleep(DRAIN_INTERVAL_S)
     except TimeoutError:
         pass  # the answer says how many still run
-    return json_response(DrainState(is_draining=True, num_running=len(backend.in_flight)))
+    return json_response(DrainState(is_draining=True, num_running=backend.in_flight.num_admitted))
 
 
 async def metrics(desk: Annotated[Desk, Depends(reader_of)]) -> Response:

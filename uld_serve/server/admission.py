@@ -177,13 +177,15 @@ class Admit(Generic[RequestT]):
 
     async def __call__(self, request: Request) -> Admitted[RequestT]:
         policy, catalog, backend = policy_of(request), catalog_of(request), _backend_of(request)
-        if backend.is_draining:
-            raise EngineStopped("the server is draining: it finishes what it has and takes no more")
+        _require_open(backend)
         parsed = await _parsed(request, self.model)
+        _require_open(backend)  # a body may take its time
         selection = _selection(parsed, catalog, request)
         require_logprobs_allowed(policy, parsed.logprob_fields)
         decision = resolve(policy, selection, catalog.registry)
-        holds_of(request).enter_context(backend.leases.held(decision))
+        holds = holds_of(request)
+        holds.enter_context(backend.in_flight.admitted())
+        holds.enter_context(backend.leases.held(decision))
         return Admitted(
             id=f"{self.id_prefix}-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -208,6 +210,11 @@ def _backend_of(request: Request) -> Backend:
     backend = request.app.state.backend
     assert isinstance(backend, Backend)
     return backend
+
+
+def _require_open(backend: Backend) -> None:
+    if backend.is_draining:
+        raise EngineStopped("the server is draining: it finishes what it has and takes no more")
 
 
 async def _parsed(request: Request, model: type[ModelT]) -> ModelT:

@@ -7,8 +7,8 @@ import argparse
 import os
 import signal
 import socket
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -86,12 +86,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C; 0 after a clean stop. Raises UldError when it cannot start."""
-    settings = settings_of(args)
-    keys = safe_keys(settings)
-    logs.configure(settings.log)
-    telemetry = telemetry_of(settings)
-    console = Console(stderr=True, highlight=False)
+    early = EarlyHangup()
     with ExitStack() as bound:
+        if args.config is not None:  # from before it is read: what changes from now on must not be missed
+            bound.enter_context(early.noted())
+        settings = settings_of(args)
+        keys = safe_keys(settings)
+        logs.configure(settings.log)
+        telemetry = telemetry_of(settings)
+        console = Console(stderr=True, highlight=False)
         sock = bound.enter_context(bound_socket(settings.host, settings.port))
         admin_sock = None
         if settings.admin.port is not None:
@@ -112,14 +115,36 @@ def run(args: argparse.Namespace) -> int:
         if admin_sock is not None:
             addresses["admin"] = _url(settings.admin.host, admin_sock)
         memory = memory_plan(assembly.engine.config)
-        return _serve(
-            serving.listener(
-                on_ready=lambda: _print_banner(
-                    console, catalog, addresses, memory=memory, is_open=keys.is_open
-                )
-            ),
-            sock,
-        )
+
+        def on_ready() -> None:
+            _print_banner(console, catalog, addresses, memory=memory, is_open=keys.is_open)
+            early.send_again()
+
+        return _serve(serving.listener(on_ready=on_ready), sock)
+
+
+class EarlyHangup:
+    """A SIGHUP that comes while the model loads, which would otherwise end the process."""
+
+    def __init__(self) -> None:
+        self._has_come = False
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """The main thread's, until a listener takes the signal over."""
+        before = signal.signal(signal.SIGHUP, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    def send_again(self) -> None:
+        """To whoever takes it now."""
+        if self._has_come:
+            signal.raise_signal(signal.SIGHUP)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._has_come = True
 
 
 def settings_of(args: argparse.Namespace) -> ServerSettings:

@@ -1,5 +1,5 @@
 """The generations that run now: each key's share of them, and how to end them all when the server must stop.
-Used by generation; knows no HTTP."""
+Used by generation, admission and admin; knows no HTTP."""
 
 from __future__ import annotations
 
@@ -23,9 +23,20 @@ Item: TypeAlias = tuple[int, Delta | None] | UldError
 class InFlight:
     _queues: dict[asyncio.Queue[Item], frozenset[str]] = field(default_factory=dict)
     _by_key: Counter[str] = field(default_factory=Counter)
+    _ended: set[asyncio.Queue[Item]] = field(default_factory=set)
+    num_admitted: int = 0
+    """Requests between their admission and the last byte of their answer."""
 
     def __len__(self) -> int:
         return len(self._queues)
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        self.num_admitted += 1
+        try:
+            yield
+        finally:
+            self.num_admitted -= 1
 
     @contextmanager
     def entered(self, policy: KeyPolicy, decision: Decision) -> Iterator[asyncio.Queue[Item]]:
@@ -39,6 +50,7 @@ class InFlight:
             yield queue
         finally:
             del self._queues[queue]
+            self._ended.discard(queue)
             self._by_key[policy.name] -= 1
 
     def end_all(self, error: UldError) -> None:
@@ -47,8 +59,9 @@ class InFlight:
             queue.put_nowait(error)
 
     def end_those_with(self, digest: str, error: UldError) -> int:
-        """The same for the requests that run under one version of a profile; how many."""
-        found = [queue for queue, digests in self._queues.items() if digest in digests]
+        """The same for the requests that run under one version of a profile; how many that had not been told yet."""
+        found = [q for q, digests in self._queues.items() if digest in digests and q not in self._ended]
         for queue in found:
             queue.put_nowait(error)
+        self._ended.update(found)
         return len(found)
