@@ -16,6 +16,7 @@ from uld_serve.engine.plan import OWN_POOL, TARGET_POOL, Applied, Decision
 from uld_serve.engine.request import Delta, SamplingParams
 from uld_serve.engine.scheduler import Scheduler
 from uld_serve.errors import InvalidRequest, Overloaded, ProfileError, ProfileMismatch, PromptTooLong
+from uld_serve.model.decoder import Decoder
 from uld_serve.model.loading import Base, load_base
 from uld_serve.profiles.profile import ProfileVersion
 
@@ -156,6 +157,28 @@ def test_a_tenth_of_the_memory_in_every_pool_gives_the_same_tokens(
         assert all(own[-1].finish_reason == "length" for own in deltas.values())
     assert engine.scheduler.num_preemptions > 0
     assert results[0] == results[1]
+
+
+def test_a_profile_for_which_there_is_no_room_takes_none_from_those_served(
+    kept: Kept, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is loaded while the server runs."""
+    engine = make_engine()
+    engine.prepare([kept.version("own-late")])
+    expected = ask(engine, forgetting(kept, "own-late"))
+    allocate = Decoder.allocate_cache
+
+    def lack_memory(decoder: Decoder, num_layers: int, *args: int, **kwargs: int) -> object:
+        if num_layers > 2:
+            raise RuntimeError("out of memory")
+        return allocate(decoder, num_layers, *args, **kwargs)
+
+    monkeypatch.setattr(Decoder, "allocate_cache", lack_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.prepare([kept.version("own-pair")])
+    assert ask(engine, forgetting(kept, "own-late"), salt="other") == expected
+    with pytest.raises(ProfileError, match="there is room for 2"):
+        engine.add("r", PROMPT, greedy(1), forgetting(kept, "own-pair"))
 
 
 def test_when_a_pool_runs_short_only_those_who_hold_some_of_it_give_way(

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -110,6 +111,27 @@ def test_mode_of_the_file_stays(config: Path) -> None:
     config.chmod(0o640)
     keys("new", "two", "--config", str(config), "--base")
     assert stat.S_IMODE(config.stat().st_mode) == 0o640
+
+
+def test_owner_of_the_file_stays(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another user, root for one, adds the key."""
+    given, now = [], config.stat()
+    monkeypatch.setattr(key_file.os, "fchown", lambda _, uid, gid: given.append((uid, gid)))
+    assert keys("new", "two", "--config", str(config), "--base") == 0
+    assert given == [], "it is ours already"
+    with config.open() as file:
+        key_file._keep_owner(file.fileno(), SimpleNamespace(st_uid=now.st_uid + 1, st_gid=now.st_gid))
+    assert given == [(now.st_uid + 1, now.st_gid)]
+
+
+def test_owner_that_cannot_be_kept_leaves_the_old_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(key_file, "_keep_owner", refuse)
+    assert keys("new", "two", "--config", str(config), "--base") == 2
+    assert config.read_text() == CONFIG
+    assert [path.name for path in config.parent.iterdir()] == ["server.toml"]
 
 
 def test_list_shows_what_a_key_may_do_and_no_whole_hash(

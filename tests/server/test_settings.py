@@ -156,3 +156,17 @@ def test_taken_port_is_refused_before_anything_is_loaded() -> None:
         taken.listen()
         with pytest.raises(InvalidRequest, match="cannot listen on"):
             bound_socket("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_key_of_the_environment_takes_nothing_from_the_file_s(tmp_path: Path) -> None:
+    """Else a key with mandatory profiles would become one that sees everything."""
+    key = "k" * 32
+    path = tmp_path / "server.toml"
+    path.write_text(
+        f'[[keys]]\nname = "bound"\nsha256 = "{sha256_of(key.encode()).hex()}"\nmandatory = ["secret"]\n'
+    )
+    with pytest.raises(InvalidRequest, match="'bound'"):
+        command.key_ring(read_settings(path), {command.KEY_VARIABLE: key})
+    both = {command.KEY_VARIABLE: key, command.ADMIN_KEY_VARIABLE: key}
+    with pytest.raises(InvalidRequest, match=command.ADMIN_KEY_VARIABLE):
+        command.key_ring(ServerSettings(), both)

@@ -6,6 +6,7 @@ Knows no request and no file: separate models come loaded.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,18 @@ class Provision:
                 f"a profile keeps keys and values of its own in {num_layers} layers and requests are in the room for "
                 f"{self.planner.own_layers}; try again when they are done"
             )
-        # Gone before the next is made: both together might not fit. Until it is there, such profiles are refused.
+        before = self.planner.own_layers
+        try:
+            self._renew_own(num_layers)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what had been taken
+            if before:  # for the profiles that are served already
+                self._renew_own(before)
+            raise
+
+    def _renew_own(self, num_layers: int) -> None:
+        """The room there was is gone before the next is made: both together might not fit. Until it is there, profiles
+        that need it are refused."""
         self.planner.own_layers, self.runner.own = 0, None
         num_blocks = self._num_blocks(self.runner.decoder, num_layers)
         self.runner.own = self.runner.decoder.allocate_cache(

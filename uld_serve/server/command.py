@@ -169,7 +169,12 @@ def key_ring(settings: ServerSettings, environment: Mapping[str, str]) -> KeyRin
         if key is not None:
             if len(key) < MIN_KEY_CHARS:
                 raise InvalidRequest(f"{policy.name} must have at least {MIN_KEY_CHARS} characters")
-            policies[sha256_of(key.encode())] = policy
+            digest = sha256_of(key.encode())
+            if digest in policies:
+                raise InvalidRequest(
+                    f"{policy.name} is the key of '{policies[digest].name}' too, and one key cannot mean both"
+                )
+            policies[digest] = policy
     if not settings.cache.share_between_keys:
         policies = {digest: replace(one, cache_salt=f"key {one.name}") for digest, one in policies.items()}
     return KeyRing(policies)

@@ -95,13 +95,15 @@ def _changed(config: Path, change: Callable[[tomlkit.TOMLDocument], None]) -> Pa
 
 
 def _rename_into(path: Path, text: str) -> None:
-    mode = path.stat().st_mode & 0o777 if path.exists() else OWNER_ONLY
+    before = path.stat() if path.exists() else None
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fchmod(file.fileno(), mode)
+            if before is not None:
+                _keep_owner(file.fileno(), before)
+                os.fchmod(file.fileno(), before.st_mode & 0o777)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -109,6 +111,13 @@ def _rename_into(path: Path, text: str) -> None:
         raise
     with _opened(path.parent) as folder:
         os.fsync(folder)
+
+
+def _keep_owner(descriptor: int, before: os.stat_result) -> None:
+    """The server that reads the file may be another user than the one who adds a key, root for one."""
+    now = os.fstat(descriptor)
+    if (now.st_uid, now.st_gid) != (before.st_uid, before.st_gid):
+        os.fchown(descriptor, before.st_uid, before.st_gid)
 
 
 @contextmanager
