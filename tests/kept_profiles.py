@@ -50,7 +50,9 @@ OWN: dict[str, Recipe] = {
     "own-truncated": Recipe(
         {"kind": "subtract", "strength": 0.7, "filter": PLAUSIBLE}, [Stream("assistant", 0, 2)]
     ),
-    "own-late": Recipe({"kind": "relu_difference", "strength": 2.0}, [Stream("assistant", 2, 4)]),
+    "own-late": Recipe(
+        {"kind": "relu_difference", "strength": 2.0, "dead_zone": 0.3}, [Stream("assistant", 2, 4)]
+    ),
     "own-pair": Recipe(
         {"kind": "pair_linear", "strength": 1.5, "roles": PAIR},
         [Stream("retain", 0, 4), Stream("forget", 1, 3)],

@@ -128,6 +128,7 @@ class Oracle:
                     min_keep=rule.filter.min_keep,
                     protect=rule.protect,
                     rank_k=rule.rank_k,
+                    dead_zone=rule.dead_zone,
                     **{f"row_{role}": seats[stream] for role, stream in version.profile.roles.items()},
                 )
             )

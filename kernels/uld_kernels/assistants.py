@@ -41,13 +41,17 @@ class Assistants:
         strength_C = self._strengths(terms).index_select(0, found.row_C)
         if terms[0].kind == rules.SUBTRACT:
             return reference.subtract(found.value_C, a_C, strength=strength_C)
-        return reference.relu_difference(found.value_C, a_C, strength=strength_C)
+        zone_C = self._zones(terms).index_select(0, found.row_C)
+        return reference.relu_difference(found.value_C, a_C, strength=strength_C, dead_zone=zone_C)
 
     def _penalty(self, found: Found, number: int, terms: tuple[Term, ...]) -> torch.Tensor:
         strength_C = self._strengths(terms).index_select(0, found.row_C)
         a_C = self.scores(found, [term.row_a for term in terms])
         if terms[0].kind == rules.RELU_DIFFERENCE:
-            return reference.relu_difference_penalty(found.value_C, a_C, strength=strength_C)
+            zone_C = self._zones(terms).index_select(0, found.row_C)
+            return reference.relu_difference_penalty(
+                found.value_C, a_C, strength=strength_C, dead_zone=zone_C
+            )
         key = number, "row_a"
         if key not in self._normalizers:
             self._normalizers[key] = self._log_sums([term.row_a for term in terms])
@@ -57,6 +61,9 @@ class Assistants:
 
     def _strengths(self, terms: tuple[Term, ...]) -> torch.Tensor:
         return self.lane.column([term.strength for term in terms])
+
+    def _zones(self, terms: tuple[Term, ...]) -> torch.Tensor:
+        return self.lane.column([term.dead_zone for term in terms])
 
     def scores(self, found: Found, rows: list[int]) -> torch.Tensor:
         """(C,) fp32 of one stream a lane's row; NaN where it is not finite."""

@@ -70,6 +70,7 @@ RANK_K = _term("rank_k")
 FILTER_KEEP = _term("filter_keep")
 STRENGTH = _term("strength")
 LOG_FILTER_TAU = _term("log_filter_tau")
+DEAD_ZONE = _term("dead_zone")
 
 SUBTRACT = tl.constexpr(rules.SUBTRACT)
 PAIR_LINEAR = tl.constexpr(rules.PAIR_LINEAR)
@@ -201,7 +202,8 @@ def combine_listed(row, late_ptr, first_late, b, ids, places, live, num_terms, H
         elif kind == SUBTRACT:
             penalty = strength * (x_1 - tl.load(normalizers + term * 2))
         else:
-            penalty = strength * tl.maximum(x_1 - b, 0.0)
+            dead_zone = tl.load(term_floats + term * TERM_WORDS + DEAD_ZONE)
+            penalty = strength * tl.maximum((x_1 - b) - dead_zone, 0.0)
         # A normaliser is NaN where its stream is spoiled anywhere; a maximum that drops NaN would drop the term.
         larger = tl.maximum(total, penalty, propagate_nan=tl.PropagateNan.ALL)
         total = tl.where(is_sum, total + penalty, larger)

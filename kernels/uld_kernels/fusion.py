@@ -177,7 +177,8 @@ def _apply_one(streams: Streams, b_K: torch.Tensor, ids_K: torch.Tensor, term: T
     if term.kind == rules.SUBTRACT:
         return reference.subtract(b_K, streams.kept(term.row_a, ids_K), strength=term.strength)
     if term.kind == rules.RELU_DIFFERENCE:
-        return reference.relu_difference(b_K, streams.kept(term.row_a, ids_K), strength=term.strength)
+        a_K = streams.kept(term.row_a, ids_K)
+        return reference.relu_difference(b_K, a_K, strength=term.strength, dead_zone=term.dead_zone)
     if term.kind == rules.PAIR_LINEAR:
         log_q_K, log_p_K = streams.kept_log(term.row_q, ids_K), streams.kept_log(term.row_p, ids_K)
         return reference.pair_linear(b_K, log_q_K, log_p_K, strength=term.strength)
@@ -191,7 +192,8 @@ def _penalty(
         log_a_K = streams.kept_log(term.row_a, ids_K)
         return reference.subtract_penalty(log_a_K, strength=term.strength, vocab_size=vocab_size)
     if term.kind == rules.RELU_DIFFERENCE:
-        return reference.relu_difference_penalty(b_K, streams.kept(term.row_a, ids_K), strength=term.strength)
+        a_K = streams.kept(term.row_a, ids_K)
+        return reference.relu_difference_penalty(b_K, a_K, strength=term.strength, dead_zone=term.dead_zone)
     if term.kind == rules.PAIR_LINEAR:
         log_q_K, log_p_K = streams.kept_log(term.row_q, ids_K), streams.kept_log(term.row_p, ids_K)
         return reference.pair_linear_penalty(log_q_K, log_p_K, strength=term.strength)

@@ -71,12 +71,16 @@ FLOAT_COLUMNS: Final = (
     "list_log_ratio",
 )
 TERM_INT_COLUMNS: Final = ("kind", "row_1", "row_2", "needs_normalizer", "rank_k", "filter_keep")
-TERM_FLOAT_COLUMNS: Final = ("strength", "log_filter_tau")
+TERM_FLOAT_COLUMNS: Final = ("strength", "log_filter_tau", "dead_zone")
 # One line of the cache a row.
 ROW_WORDS: Final = 32
-TERM_WORDS: Final = len(TERM_INT_COLUMNS) + len(TERM_FLOAT_COLUMNS)
+# A multiple of four: what lies behind the terms stays aligned to 16 bytes, whatever their number.
+TERM_WORDS: Final = 12
 _ROW: Final = Struct(f"<{len(INT_COLUMNS)}i{len(FLOAT_COLUMNS)}f")
-_TERM: Final = Struct(f"<{len(TERM_INT_COLUMNS)}i{len(TERM_FLOAT_COLUMNS)}f")
+_NUM_TERM_COLUMNS: Final = len(TERM_INT_COLUMNS) + len(TERM_FLOAT_COLUMNS)
+_TERM: Final = Struct(
+    f"<{len(TERM_INT_COLUMNS)}i{len(TERM_FLOAT_COLUMNS)}f{4 * (TERM_WORDS - _NUM_TERM_COLUMNS)}x"
+)
 _INT: Final = Struct("<i")
 _MASK_ROW: Final = INT_COLUMNS.index("mask_row")
 NOBODY: Final = -1
@@ -273,6 +277,7 @@ def _term_columns(term: Term, num_terms: int, vocab_size: int) -> tuple[int | fl
         filter_keep(term, vocab_size),
         term.strength,
         log(term.tau) if term.tau > 0.0 else -inf,
+        term.dead_zone,
     )
 
 

@@ -25,9 +25,19 @@ def subtract(b: torch.Tensor, a: torch.Tensor, *, strength: float | torch.Tensor
     return b - strength * a
 
 
-def relu_difference(b: torch.Tensor, a: torch.Tensor, *, strength: float | torch.Tensor) -> torch.Tensor:
-    """s = b - strength * relu(a - b), never raises a logit.  RKLD, arXiv 2406.01983 Eq. 1; 2310.02238."""
-    return b - strength * torch.relu(a - b)
+def relu_difference(
+    b: torch.Tensor,
+    a: torch.Tensor,
+    *,
+    strength: float | torch.Tensor,
+    dead_zone: float | torch.Tensor = 0.0,
+) -> torch.Tensor:
+    """s = b - strength * relu(a - b - dead_zone), never raises a logit.  RKLD, arXiv 2406.01983 Eq. 1; 2310.02238.
+
+    The dead zone, in logits, is ours (none in the papers): a soft threshold, below which a difference is noise and
+    counts as none.
+    """
+    return b - strength * torch.relu(a - b - dead_zone)
 
 
 def pair_linear(
@@ -64,10 +74,14 @@ def subtract_penalty(log_a: torch.Tensor, *, strength: float | torch.Tensor, voc
 
 
 def relu_difference_penalty(
-    b: torch.Tensor, a: torch.Tensor, *, strength: float | torch.Tensor
+    b: torch.Tensor,
+    a: torch.Tensor,
+    *,
+    strength: float | torch.Tensor,
+    dead_zone: float | torch.Tensor = 0.0,
 ) -> torch.Tensor:
-    """strength * relu(a - b), never negative."""
-    return strength * torch.relu(a - b)
+    """strength * relu(a - b - dead_zone), never negative."""
+    return strength * torch.relu(a - b - dead_zone)
 
 
 def pair_linear_penalty(

@@ -44,6 +44,8 @@ class Term:
     protect: bool = False
     rank_k: int = 0
     """pair_rank: how many tokens are removed."""
+    dead_zone: float = 0.0
+    """relu_difference: differences of logits up to it count as none."""
 
     def __post_init__(self) -> None:
         if self.kind in (rules.SUBTRACT, rules.RELU_DIFFERENCE):
@@ -62,6 +64,10 @@ class Term:
             raise ValueError(f"a filter needs 0 < tau <= 1, got {self.tau}")
         if self.filter_mode == rules.PLAUSIBILITY and self.min_keep < 1:
             raise ValueError(f"the plausibility filter needs min_keep >= 1, got {self.min_keep}")
+        if not 0.0 <= self.dead_zone < inf:
+            raise ValueError(f"dead_zone must be 0 or more and finite, got {self.dead_zone}")
+        if self.dead_zone > 0.0 and self.kind != rules.RELU_DIFFERENCE:
+            raise ValueError(f"rule {self.kind} needs a dead_zone of 0, got {self.dead_zone}")
         if self.kind == rules.PAIR_RANK and self.rank_k < 1:
             raise ValueError(f"pair_rank needs rank_k >= 1, got {self.rank_k}")
 
@@ -76,6 +82,7 @@ class Term:
             self.min_keep,
             self.protect,
             self.rank_k,
+            self.dead_zone,
         )
 
 

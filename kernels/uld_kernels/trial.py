@@ -103,6 +103,7 @@ def trial_rows(vocab_size: int) -> list[SampleRow]:
         (official,),
         (everywhere,),
         (hush, relu),
+        (replace(relu, dead_zone=1.2, digest=7),),
         (rank, pair),
     )
     rows = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tiny_profile import PROFILE
 
@@ -112,6 +114,24 @@ def test_grid_is_of_the_values_given() -> None:
     assert rules[-1].protect
 
 
+def test_grid_takes_dead_zones_where_the_rule_has_one() -> None:
+    rules = grid(
+        PROFILE, rules=["relu_difference:none", "subtract"], strengths=[3], taus=[0.1], dead_zones=[0, 4]
+    )
+    assert [told(rule) for rule in rules[1:]] == [
+        "relu_difference x 3, no filter",
+        "relu_difference beyond 4 x 3, no filter",
+        "subtract x 3, plausibility 0.1",
+    ]
+    beside = point(1, 0)
+    drawn = curves([replace(beside, rule=rule) for rule in rules[1:]])
+    assert list(drawn) == [
+        "relu_difference, none",
+        "relu_difference beyond 4, none",
+        "subtract, plausibility 0.1",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -121,6 +141,8 @@ def test_grid_is_of_the_values_given() -> None:
         ({"rules": ["subtract:soft"]}, "is no filter"),
         ({"rules": ["subtract:none"], "taus": [0.1]}, "would change nothing"),
         ({"strengths": [101]}, "no profile may have"),
+        ({"dead_zones": [-1]}, "no profile may have"),
+        ({"rules": ["subtract"], "dead_zones": [4]}, "only relu_difference has one"),
         ({"taus": [1.5]}, "no profile may have"),
         ({"rules": ["subtract:official"], "taus": [0.01]}, "no profile may have"),  # 3 of 300 tokens kept
     ],

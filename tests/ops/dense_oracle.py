@@ -99,7 +99,9 @@ def _plain(b: torch.Tensor, raw: torch.Tensor, term: Term) -> torch.Tensor:
         return reference.subtract(b, raw[term.row_a], strength=term.strength)
     if term.kind == rules.RELU_DIFFERENCE:
         # A banned b would give a difference of inf, and inf minus inf.
-        s = reference.relu_difference(b.where(b > -inf, 0.0), raw[term.row_a], strength=term.strength)
+        s = reference.relu_difference(
+            b.where(b > -inf, 0.0), raw[term.row_a], strength=term.strength, dead_zone=term.dead_zone
+        )
         return s.where(b > -inf, -inf)
     if term.kind == rules.PAIR_LINEAR:
         log_q, log_p = raw[term.row_q].log_softmax(-1), raw[term.row_p].log_softmax(-1)
@@ -113,7 +115,9 @@ def _penalty(b: torch.Tensor, raw: torch.Tensor, term: Term) -> torch.Tensor:
         return reference.subtract_penalty(log_a, strength=term.strength, vocab_size=b.shape[0])
     if term.kind == rules.RELU_DIFFERENCE:
         assistant = raw[term.row_a].where(b > -inf, -inf)
-        return reference.relu_difference_penalty(b.where(b > -inf, 0.0), assistant, strength=term.strength)
+        return reference.relu_difference_penalty(
+            b.where(b > -inf, 0.0), assistant, strength=term.strength, dead_zone=term.dead_zone
+        )
     if term.kind == rules.PAIR_LINEAR:
         log_q, log_p = raw[term.row_q].log_softmax(-1), raw[term.row_p].log_softmax(-1)
         return reference.pair_linear_penalty(log_q, log_p, strength=term.strength)

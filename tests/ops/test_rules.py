@@ -44,6 +44,20 @@ def test_relu_difference_equals_vectors() -> None:
         assert s.argmax() == row["argmax"]
 
 
+def test_relu_difference_counts_nothing_up_to_its_dead_zone() -> None:
+    b, a = tensor([0.0, 1.0, 2.0, 3.0]), tensor([5.0, 3.0, 3.0, -9.0])
+    s = reference.relu_difference(b, a, strength=2.0, dead_zone=2.0)
+    assert s.tolist() == [0.0 - 2 * (5 - 2), 1.0, 2.0, 3.0]
+    penalty = reference.relu_difference_penalty(b, a, strength=2.0, dead_zone=1.5)
+    assert penalty.tolist() == [7.0, 1.0, 0.0, 0.0]
+
+
+def test_terms_that_differ_in_their_dead_zone_are_two_profiles() -> None:
+    one = Term(rules.RELU_DIFFERENCE, 2.0, digest=1, row_a=1, dead_zone=1.0)
+    other = Term(rules.RELU_DIFFERENCE, 2.0, digest=1, row_a=1)
+    assert len(SampleRow(0, (one, other)).distinct_terms) == 2
+
+
 def test_pair_linear_on_log_softmax_equals_offset_vectors() -> None:
     for b, q, p, row in vector_rows("pair_linear"):
         s = reference.pair_linear(b, q.log_softmax(-1), p.log_softmax(-1), strength=row["alpha"])
@@ -131,10 +145,9 @@ def logits(draw: st.DrawFn, *, num_rows: int = 7) -> torch.Tensor:
 @st.composite
 def terms(draw: st.DrawFn) -> Term:
     filter_mode = draw(st.sampled_from(sorted(rules.FILTER_CODES.values())))
+    kind = draw(st.sampled_from([rules.SUBTRACT, rules.RELU_DIFFERENCE, rules.PAIR_LINEAR, rules.PAIR_RANK]))
     return Term(
-        kind=draw(
-            st.sampled_from([rules.SUBTRACT, rules.RELU_DIFFERENCE, rules.PAIR_LINEAR, rules.PAIR_RANK])
-        ),
+        kind=kind,
         strength=draw(st.floats(0.05, 12.0)),
         digest=draw(st.integers(0, 2**60)),
         row_a=draw(st.integers(1, 6)),
@@ -145,6 +158,7 @@ def terms(draw: st.DrawFn) -> Term:
         min_keep=draw(st.integers(1, 10)),
         protect=draw(st.booleans()),
         rank_k=draw(st.integers(1, 5)),
+        dead_zone=draw(st.sampled_from([0.0, 0.5, 4.0])) if kind == rules.RELU_DIFFERENCE else 0.0,
     )
 
 
@@ -222,6 +236,9 @@ def test_compose_sum_adds_unclipped_penalties() -> None:
         {"filter_mode": rules.FUSED, "tau": 0.0},
         {"filter_mode": rules.PLAUSIBILITY, "tau": 0.1, "min_keep": 0},
         {"kind": rules.PAIR_RANK, "row_q": 1, "row_p": 2, "rank_k": 0},
+        {"dead_zone": 1.0},
+        {"kind": rules.RELU_DIFFERENCE, "dead_zone": -1.0},
+        {"kind": rules.RELU_DIFFERENCE, "dead_zone": float("nan")},
     ],
 )
 def test_impossible_terms_are_refused(wrong: dict[str, float]) -> None:

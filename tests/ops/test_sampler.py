@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 
 import dense_oracle
@@ -19,7 +20,17 @@ SUBTRACT = Term(
 RELU = Term(rules.RELU_DIFFERENCE, 2.0, 2, row_a=2, filter_mode=rules.FUSED, tau=0.02)
 PAIR = Term(rules.PAIR_LINEAR, 1.5, 3, row_q=1, row_p=2, filter_mode=rules.FUSED, tau=0.02)
 RANK = Term(rules.PAIR_RANK, 1.0, 4, row_q=1, row_p=2, rank_k=4)
-COMPOSITIONS = [(), (SUBTRACT,), (RELU,), (PAIR,), (RANK,), (SUBTRACT, RELU), (SUBTRACT, RELU, PAIR, RANK)]
+BEYOND = replace(RELU, dead_zone=1.5, digest=5)
+COMPOSITIONS = [
+    (),
+    (SUBTRACT,),
+    (RELU,),
+    (BEYOND,),
+    (PAIR,),
+    (RANK,),
+    (SUBTRACT, BEYOND),
+    (SUBTRACT, RELU, PAIR, RANK),
+]
 
 
 def random_logits(seed: int, num_rows: int = 3, *, spread: float = 3.0) -> torch.Tensor:

@@ -78,6 +78,8 @@ def test_one_stream_needs_no_roles_and_two_do() -> None:
         ({"rule": {"kind": "subtract", "roles": {"b": "one"}}}, "roles"),
         ({"rule": {"kind": "subtract", "roles": {"a": "nobody"}}}, "roles"),
         ({"rule": {"kind": "subtract", "rank_k": 3}}, "rank_k"),
+        ({"rule": {"kind": "subtract", "dead_zone": 1}}, "dead_zone"),
+        ({"rule": {"kind": "relu_difference", "dead_zone": -1}}, "dead_zone"),
         ({"rule": {"kind": "unknown"}}, "kind"),
         ({"rule": {"kind": "identity", "strength": 2}}, "no strength"),
         ({"rule": {"kind": "subtract", "filter": {"mode": "official", "tau": 0.1}}}, "keeps 30 tokens"),

@@ -226,6 +226,7 @@ class Planner:
             min_keep=rule.filter.min_keep,
             protect=rule.protect,
             rank_k=rule.rank_k,
+            dead_zone=rule.dead_zone,
             tag=int(version.digest.removeprefix("sha256:")[:15], 16),
             entry=ReceiptEntry(version.name, version.digest, rule.kind, strength),
         )

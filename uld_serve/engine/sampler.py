@@ -291,6 +291,7 @@ def _terms(plan: Plan, stream_rows: tuple[int, ...]) -> tuple[Term, ...]:
             min_keep=term.min_keep,
             protect=term.protect,
             rank_k=term.rank_k,
+            dead_zone=term.dead_zone,
             **{f"row_{role}": stream_rows[stream] for role, stream in term.streams.items()},
         )
         for term in plan.terms

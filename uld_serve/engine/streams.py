@@ -64,6 +64,7 @@ class TermPlan:
     min_keep: int
     protect: bool
     rank_k: int
+    dead_zone: float
     tag: int
     entry: ReceiptEntry
 

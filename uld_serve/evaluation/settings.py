@@ -28,6 +28,7 @@ SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Of the profile's own strength: what is tried by default."""
 TAUS = (0.01, 0.02, 0.05)
 WITHOUT_STRENGTH = ("identity", "pair_rank")
+WITH_DEAD_ZONE: RuleKind = "relu_difference"
 
 
 def grid(
@@ -36,11 +37,12 @@ def grid(
     rules: Sequence[str] = (),
     strengths: Sequence[float] = (),
     taus: Sequence[float] = (),
+    dead_zones: Sequence[float] = (),
 ) -> list[RuleSpec]:
     """Every rule to try, the profile's own first. `rules` are KIND or KIND:FILTER, by default the profile's own.
 
     Raises DataError: a profile without a strength, a rule for other streams, a value that no profile may have, taus
-    where no filter takes one.
+    where no filter takes one, dead zones where no rule has one.
     """
     own = profile.rule
     if own.kind in WITHOUT_STRENGTH:
@@ -48,12 +50,15 @@ def grid(
     named = [_parsed(profile, word) for word in rules] or [(own.kind, own.filter.mode)]
     if taus and all(mode == "none" for _, mode in named):
         raise DataError("--taus would change nothing: filter 'none' takes no tau")
+    if dead_zones and all(kind != WITH_DEAD_ZONE for kind, _ in named):
+        raise DataError(f"--dead-zones would change nothing: only {WITH_DEAD_ZONE} has one")
     strengths = strengths or [own.strength * share for share in SHARES if own.strength * share <= 100]
     taus = taus or sorted({*TAUS, *((own.filter.tau,) if own.filter.tau > 0 else ())})
     found = [own]
     for (kind, mode), strength in product(named, strengths):
-        for tau in (0.0,) if mode == "none" else taus:
-            rule = _rule(profile, kind, mode, strength, tau)
+        zones = (dead_zones or (own.dead_zone,)) if kind == WITH_DEAD_ZONE else (0.0,)
+        for zone, tau in product(zones, (0.0,) if mode == "none" else taus):
+            rule = _rule(profile, kind, mode, strength, tau, zone)
             if rule not in found:
                 found.append(rule)
     return found
@@ -77,7 +82,8 @@ def without_fused_filter(rule: RuleSpec) -> RuleSpec:
 def told(rule: RuleSpec) -> str:
     """A rule as people read it."""
     mode, tau = rule.filter.mode, rule.filter.tau
-    return f"{rule.kind} x {rule.strength:g}, " + ("no filter" if mode == "none" else f"{mode} {tau:g}")
+    zone = f" beyond {rule.dead_zone:g}" if rule.dead_zone else ""
+    return f"{rule.kind}{zone} x {rule.strength:g}, " + ("no filter" if mode == "none" else f"{mode} {tau:g}")
 
 
 def _parsed(profile: Profile, word: str) -> tuple[RuleKind, FilterMode]:
@@ -106,9 +112,16 @@ def _words(values: Iterable[object]) -> list[str]:
     return [str(value) for value in values]
 
 
-def _rule(profile: Profile, kind: RuleKind, mode: FilterMode, strength: float, tau: float) -> RuleSpec:
+def _rule(
+    profile: Profile, kind: RuleKind, mode: FilterMode, strength: float, tau: float, dead_zone: float
+) -> RuleSpec:
     own = profile.rule
-    fields: dict[str, object] = {"kind": kind, "strength": strength, "roles": own.roles}
+    fields: dict[str, object] = {
+        "kind": kind,
+        "strength": strength,
+        "dead_zone": dead_zone,
+        "roles": own.roles,
+    }
     if kind == own.kind:
         fields["protect"] = own.protect
     fields["filter"] = {"mode": mode, "tau": tau}

@@ -58,6 +58,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"default: {shares} times the profile's",
     )
     parser.add_argument(
+        "--dead-zones",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="Z",
+        help="of relu_difference: differences of logits that count as none; default: the profile's own",
+    )
+    parser.add_argument(
         "--rules",
         nargs="+",
         default=[],
@@ -79,6 +87,8 @@ def check_options(args: argparse.Namespace) -> None:
     values: list[float] = [*args.strengths, *getattr(args, "taus", [])]
     if not all(math.isfinite(value) and value > 0 for value in values):
         raise DataError("--strengths and --taus must be above 0")
+    if not all(math.isfinite(zone) and zone >= 0 for zone in args.dead_zones):
+        raise DataError("--dead-zones must be 0 or more")
 
 
 def read_side(args: argparse.Namespace, side: str, read: Read) -> list[Document]:
@@ -107,7 +117,9 @@ def run(args: argparse.Namespace, *, read: Read) -> int:
     """`uld-serve eval sweep`. Raises DataError, ProfileError."""
     check_options(args)
     directory, version = find_profile(args.profiles, args.profile)
-    rules = _one_tau_each(grid(version.profile, rules=args.rules, strengths=args.strengths))
+    rules = _one_tau_each(
+        grid(version.profile, rules=args.rules, strengths=args.strengths, dead_zones=args.dead_zones)
+    )
     documents = {side: read_side(args, side, read) for side in ("forget", "retain")}
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
@@ -144,9 +156,9 @@ def run(args: argparse.Namespace, *, read: Read) -> int:
 def _one_tau_each(rules: Sequence[RuleSpec]) -> list[RuleSpec]:
     """The profile's own tau where its filter is the one tried, else the first: this sweep is of strengths."""
     own = rules[0]
-    found: dict[tuple[str, str, float], RuleSpec] = {}
+    found: dict[tuple[str, str, float, float], RuleSpec] = {}
     for rule in rules:
-        key = (rule.kind, rule.filter.mode, rule.strength)
+        key = (rule.kind, rule.filter.mode, rule.strength, rule.dead_zone)
         is_own = (rule.kind, rule.filter) == (own.kind, own.filter)
         if key not in found or is_own:
             found[key] = rule

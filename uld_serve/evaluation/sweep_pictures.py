@@ -35,7 +35,8 @@ def curves(points: Sequence[Point]) -> dict[str, list[Point]]:
     found: dict[str, list[Point]] = {}
     for point in sorted(points, key=lambda one: one.rule.strength):
         rule, tau = point.rule, f" {point.rule.filter.tau:g}"
-        name = f"{rule.kind}, {rule.filter.mode}{'' if rule.filter.mode in ('fused', 'none') else tau}"
+        zone = f" beyond {rule.dead_zone:g}" if rule.dead_zone else ""
+        name = f"{rule.kind}{zone}, {rule.filter.mode}{'' if rule.filter.mode in ('fused', 'none') else tau}"
         curve = found.setdefault(name, [])
         if not curve or curve[-1].rule.strength != rule.strength:
             curve.append(point)

@@ -81,7 +81,13 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(
             f"{target} exists and a profile is never overwritten; remove it or choose another --out"
         )
-    rules = grid(version.profile, rules=args.rules, strengths=args.strengths, taus=args.taus)
+    rules = grid(
+        version.profile,
+        rules=args.rules,
+        strengths=args.strengths,
+        taus=args.taus,
+        dead_zones=args.dead_zones,
+    )
     parts = {side: halves(documents, kind=side) for side, documents in _read(args).items()}
     # The extra's packages are behind this import.
     from uld_serve.evaluation.tuning import tune

@@ -152,7 +152,8 @@ class RuleSpec(BaseModel):
     """How streams and target become one row of scores.
 
     Filter and `protect` default by kind; `roles` says which stream is which input of the formula and may be
-    left out when there is only one stream.
+    left out when there is only one stream. `dead_zone` is for relu_difference: differences of logits up to it count as
+    none.
     """
 
     model_config = _FROZEN
@@ -162,6 +163,7 @@ class RuleSpec(BaseModel):
     filter: FilterSpec
     protect: bool
     rank_k: Annotated[int, Field(ge=0, le=4096)] = 0
+    dead_zone: Annotated[float, Field(ge=0, le=1000)] = 0.0
     roles: dict[str, Name] = {}
 
     @model_validator(mode="before")
@@ -179,6 +181,8 @@ class RuleSpec(BaseModel):
             raise ValueError(f"rule '{self.kind}' has no strength to set")
         if (self.kind == "pair_rank") != (self.rank_k > 0):
             raise ValueError("rank_k is for rule 'pair_rank', which needs it")
+        if self.dead_zone > 0 and self.kind != "relu_difference":
+            raise ValueError("dead_zone is for rule 'relu_difference'")
         if self.kind == "identity" and (self.protect or self.filter.mode != "none"):
             raise ValueError("rule 'identity' takes no filter and no protect")
         if self.roles and set(self.roles) != set(ROLES[self.kind]):

@@ -68,7 +68,9 @@ def combine(
     if rule.kind == "subtract":
         scores = reference.subtract(b_NV, streams["a"], strength=rule.strength)
     elif rule.kind == "relu_difference":
-        scores = reference.relu_difference(b_NV, streams["a"], strength=rule.strength)
+        scores = reference.relu_difference(
+            b_NV, streams["a"], strength=rule.strength, dead_zone=rule.dead_zone
+        )
     elif rule.kind == "pair_linear":
         scores = reference.pair_linear(b_NV, streams["q"], streams["p"], strength=rule.strength)
     elif rule.kind == "pair_rank":

@@ -190,6 +190,8 @@ def _rule(settings: Settings, method: Method) -> dict[str, object]:
     rule: dict[str, object] = {"kind": method.rule}
     if method.rule != "identity":
         rule["strength"] = settings.strength * settings.output_scale
+    if "dead_zone" in method.options:
+        rule["dead_zone"] = settings.dead_zone
     if len(method.roles) > 1:
         rule["roles"] = dict(method.roles)
     given = {"mode": settings.filter, "tau": settings.tau, "min_keep": settings.min_keep}

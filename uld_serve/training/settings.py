@@ -45,6 +45,7 @@ NOT_NEGATIVE = (
     "goal",
     "common_goal",
     "slack",
+    "dead_zone",
     "detour_weight",
     "warmup_steps",
     "patience",
@@ -90,6 +91,8 @@ class Settings:
 
     strength: float = 1.0
     """Of the profile's rule."""
+    dead_zone: float = 0.0
+    """margin, rkld: differences of logits that the rule takes for none."""
     filter: Filter | None = None
     tau: float | None = None
     min_keep: int | None = None

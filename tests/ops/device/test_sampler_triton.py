@@ -35,6 +35,7 @@ PAIR = Term(rules.PAIR_LINEAR, 1.5, 3, row_q=1, row_p=2, **FUSED)
 RANK = Term(rules.PAIR_RANK, 1.0, 4, row_q=1, row_p=2, rank_k=4)
 OFFICIAL = Term(rules.SUBTRACT, 0.8, 5, row_a=2, filter_mode=rules.OFFICIAL, tau=0.1)
 RELU_PROTECT = replace(RELU, protect=True, digest=6)
+RELU_BEYOND = replace(RELU, dead_zone=1.3, digest=8)
 SUBTRACT_ALL = Term(rules.SUBTRACT, 0.5, 7, row_a=2)
 COMPOSITIONS = [
     (),
@@ -44,8 +45,9 @@ COMPOSITIONS = [
     (RANK,),
     (OFFICIAL,),
     (RELU_PROTECT,),
+    (RELU_BEYOND,),
     (SUBTRACT_ALL,),
-    (SUBTRACT, RELU),
+    (SUBTRACT, RELU_BEYOND),
     (SUBTRACT_ALL, RELU, PAIR, RANK),
 ]
 
@@ -322,7 +324,7 @@ def test_free_draws_use_the_noise_of_noise_py_bit_for_bit() -> None:
 def test_score_equals_torch() -> None:
     logits_RV = logits(11, 41)
     rows = [SampleRow(0, terms, num_logprobs=2, temperature=0.0, top_k=1) for terms in COMPOSITIONS]
-    targets = torch.tensor([3, 8, 15, 1, 29, 0, 40, 7, 19, 22][: len(rows)])
+    targets = torch.tensor([3, 8, 15, 1, 29, 0, 40, 7, 19, 22, 12][: len(rows)])
     ours = sampler_triton.score(logits_RV, rows, targets, vocab_size=41, protected_ids=protected(41))
     exact = sampler_reference.score(
         logits_RV.cpu().double(), rows, targets, vocab_size=41, protected_ids=protected(41).cpu()

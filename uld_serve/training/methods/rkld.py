@@ -37,4 +37,5 @@ RKLD = Method(
     defaults=_defaults,
     lessons=one_lesson(strengthen),
     roles={"a": "adapter"},
+    options=frozenset({"dead_zone"}),
 )
