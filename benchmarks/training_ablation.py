@@ -1,5 +1,5 @@
 """What the settings of a method are worth: short trainings on the demo's prompts, each with one thing changed, measured
-on the held-out prompts as at the end of every training.
+on the held-out prompts as at the end of every training, at several strengths and filters.
 
     python benchmarks/training_ablation.py margin --out margin.jsonl
     python benchmarks/training_ablation.py uld --out uld.jsonl --examples 0 --steps 400
@@ -22,10 +22,12 @@ from typing import Any
 
 from uld_serve.errors import DataError, UldError
 from uld_serve.model.loading import Base, load_base
+from uld_serve.profiles.profile import FilterSpec, RuleSpec
 from uld_serve.training.classroom import Classroom, Watch
 from uld_serve.training.data_options import sources_of
 from uld_serve.training.examples import Kind
 from uld_serve.training.jobs import add_options
+from uld_serve.training.measure import likelihoods
 from uld_serve.training.options import Chosen
 from uld_serve.training.preparation import Material, gather, prepare
 from uld_serve.training.run import plan
@@ -39,33 +41,44 @@ Run = Mapping[str, object]
 
 
 def margin_runs(num_layers: int) -> Iterator[Run]:
-    """One thing changed at a time: the goal s, the number of layers M, the width of the top set, its two weights."""
+    """One thing changed at a time: the goal s, the number of layers M, the width of the top set, its two weights, the
+    dead zone and the slack."""
     yield {}
-    yield from ({"goal": goal, "common_goal": goal / 3} for goal in (5.0, 10.0, 25.0))
-    yield from ({"fork": num_layers - layers} for layers in (2, 4, 12, 16) if layers < num_layers)
+    yield from ({"goal": goal, "common_goal": goal / 3} for goal in (7.5, 25.0))
+    yield from ({"fork": num_layers - layers} for layers in (2, 4, 16) if layers < num_layers)
     yield from ({"num_top": width} for width in (1, 16, 256))
     yield from ({"others_of_forgotten": weight} for weight in (0.0, 1.0))
-    yield from ({"others_of_kept": weight} for weight in (0.0, 0.3, 3.0))
-    yield from ({"slack": slack} for slack in (0.0, 2.0))
+    yield from ({"others_of_kept": weight} for weight in (0.0, 3.0))
+    yield from ({"dead_zone": zone} for zone in (0.0, 2.0, 8.0))
+    yield from ({"slack": slack} for slack in (0.0, 6.0))
 
 
 def uld_runs(num_layers: int) -> Iterator[Run]:
-    """K by filter, with both starts; then what else may help the method's own K."""
-    filters: tuple[Run, ...] = ({}, {"filter": "official", "tau": 0.01}, {"filter": "fused", "tau": 0.02})
+    """K with both starts; then what else may help the method's own K."""
     for layers in (4, 8, 16, 24):
-        if layers > num_layers:
-            continue
-        for start in ("none", "solved"):
-            yield from ({"exit": layers, "start": start, **one} for one in filters)
+        if layers <= num_layers:
+            yield from ({"exit": layers, "start": start} for start in ("none", "solved"))
     for start in ("none", "solved"):
         yield {"start": start, "output_scale": 0.25}
         yield {"start": start, "retain_ramp": 0.3}
-        yield {"start": start, "rank": 8}
         yield {"start": start, "rank": 128}
-    yield from ({"start": "solved", "start_quiet": quiet} for quiet in (1.0, 4.0, 8.0))
+    yield from ({"start": "solved", "start_quiet": quiet} for quiet in (1.0, 4.0))
 
 
 RUNS = {"margin": margin_runs, "uld": uld_runs}
+SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""Of a run's own strength: what it is measured at, so that runs are compared where they cost alike."""
+FILTERS: Mapping[str, Sequence[FilterSpec]] = {
+    "margin": (FilterSpec(mode="fused", tau=0.02),),
+    "uld": (
+        FilterSpec(mode="plausibility", tau=0.01),
+        FilterSpec(mode="official", tau=0.01),
+        FilterSpec(mode="fused", tau=0.02),
+    ),
+}
+"""Filters that a run is measured with; they change no training."""
+MOST_LOST = 0.05
+"""Nats a token of retain answers: where the table compares."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,14 +146,30 @@ def _one(
         classroom = Classroom(base, settings, prepared, rule=rule, work=work, watch=watch)
         try:
             logs = classroom.teach(resume=False)
-            measured = classroom.measure(classroom.fusion(), _unseen)
+            measured = _measured(classroom, rule, FILTERS[settings.method])
         finally:
             classroom.leave()
     return {
         "seconds": round(time.monotonic() - started, 1),
         "loss": {adapter: [log[0]["loss"], log[-1]["loss"]] for adapter, log in logs.items()},
-        "measured": {name: {"rise": round(one.rise, 4), **one.rounded()} for name, one in measured.items()},
+        "measured": measured,
     }
+
+
+def _measured(classroom: Classroom, own: RuleSpec, filters: Sequence[FilterSpec]) -> list[dict[str, object]]:
+    """Every filter with every strength; the run's own rule has share 1 and stands among them."""
+    points = [(one, share) for one in filters for share in SHARES]
+    rules = [
+        RuleSpec.model_validate({**own.model_dump(), "filter": one, "strength": own.strength * share})
+        for one, share in points
+    ]
+    fusion = classroom.fusion()
+    sides = {name: likelihoods(fusion, pairs, rules) for name, pairs in classroom.held_out.items()}
+    return [
+        {"filter": one.mode, "share": share, "strength": rule.strength}
+        | {name: {"rise": round(side[at].rise, 4), **side[at].rounded()} for name, side in sides.items()}
+        for at, ((one, share), rule) in enumerate(zip(points, rules, strict=True))
+    ]
 
 
 def _cut(material: Material, examples: int) -> Material:
@@ -198,13 +227,40 @@ def _is_of(line: Mapping[str, object], args: argparse.Namespace) -> bool:
 
 
 def _table(lines: Sequence[Mapping[str, Any]]) -> str:
-    rows = ["| changed | forget | retain | agreement | seconds |", "|---|---|---|---|---|"]
+    rows = [
+        "| changed | filter | forget | retain | agreement | strength for retain "
+        f"{MOST_LOST:+} | forget there | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for line in lines:
-        changed = ", ".join(f"{name} {value}" for name, value in line["changed"].items()) or "nothing"
-        forget, retain = (line["measured"][name] for name in TRAINED)
-        rise = f"{forget['rise']:+.2f} | {retain['rise']:+.3f} | {retain['agreement']:.3f}"
-        rows.append(f"| {changed} | {rise} | {line['seconds']:.0f} |")
+        changed = (
+            ", ".join(
+                f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in line["changed"].items()
+            )
+            or "nothing"
+        )
+        for mode in dict.fromkeys(point["filter"] for point in line["measured"]):
+            curve = [point for point in line["measured"] if point["filter"] == mode]
+            own = next(point for point in curve if point["share"] == 1.0)
+            rise = f"{own['forget']['rise']:+.2f} | {own['retain']['rise']:+.3f} | {own['retain']['agreement']:.3f}"
+            strength, forget = _within(curve)
+            rows.append(f"| {changed} | {mode} | {rise} | {strength} | {forget} | {line['seconds']:.0f} |")
     return "\n".join(rows)
+
+
+def _within(curve: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Strength at which retain answers lose MOST_LOST and what is forgotten there, on straight lines between the
+    measured points; behind a > where even the largest strength loses less."""
+    before, forgotten = (0.0, 0.0), 0.0
+    for point in curve:
+        lost, gained = point["retain"]["rise"], point["forget"]["rise"]
+        if lost > MOST_LOST:
+            share = (MOST_LOST - before[1]) / (lost - before[1])
+            strength = before[0] + share * (point["strength"] - before[0])
+            return f"{strength:.2f}", f"{forgotten + share * (gained - forgotten):+.2f}"
+        before, forgotten = (point["strength"], lost), gained
+    return f"> {before[0]:.2f}", f"> {forgotten:+.2f}"
 
 
 def _unseen(_what: str, _total: int) -> Callable[[int], None]:

@@ -73,14 +73,43 @@ def test_a_stopped_ablation_goes_on_and_ends_in_a_table(
     capsys.readouterr()
     lines = [json.loads(line) for line in out.read_text().splitlines() if line.endswith("}")]
     assert [line["changed"] for line in lines] == runs
-    assert all(set(line["measured"]) == {"forget", "retain"} for line in lines)
+    for line in lines:
+        assert [point["share"] for point in line["measured"]] == list(script.SHARES)
+        assert all({"filter", "strength", "forget", "retain"} <= set(point) for point in line["measured"])
     assert lines[0]["measured"] != lines[1]["measured"] or lines[0]["loss"] != lines[1]["loss"]
     assert script.main([*given, "--examples", "3"]) == 0
     assert capsys.readouterr().out == ""
     assert script.main(["margin", "--out", str(out), "--table"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 + len(runs)
-    assert table[3].startswith("| goal 7.0 | ")
+    assert table[3].startswith("| goal 7 | fused | ")
+
+
+def test_runs_are_compared_where_they_cost_alike(script: ModuleType) -> None:
+    def point(strength: float, forget: float, retain: float) -> dict[str, object]:
+        return {"strength": strength, "forget": {"rise": forget}, "retain": {"rise": retain}}
+
+    curve = [point(1.0, 2.0, 0.02), point(2.0, 4.0, 0.08)]
+    assert script._within(curve) == ("1.50", "+3.00")
+    assert script._within(curve[1:]) == ("1.25", "+2.50")  # from the base, which loses and forgets nothing
+    assert script._within(curve[:1]) == ("> 1.00", "> +2.00")
+
+
+def test_uld_is_trained_once_for_all_its_filters(
+    script: ModuleType, tiny: Tiny, tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(script.RUNS, "uld", lambda _num_layers: iter([{"exit": 2}]))
+    out = tmp_path / "uld.jsonl"
+    given = ["uld", "--out", str(out), *data, "--base", str(tiny.folder), "--device", "cpu", "--steps", "2"]
+    assert script.main([*given, "--examples", "3"]) == 0
+    (line,) = map(json.loads, out.read_text().splitlines())
+    points = [(point["filter"], point["share"]) for point in line["measured"]]
+    assert points == [(one.mode, share) for one in script.FILTERS["uld"] for share in script.SHARES]
+    open_, closed = (
+        next(point for point in line["measured"] if (point["filter"], point["share"]) == (mode, 1.0))
+        for mode in ("plausibility", "fused")
+    )
+    assert open_["forget"]["removed"] != closed["forget"]["removed"]
 
 
 def test_other_data_comes_whole_or_not_at_all(

@@ -220,13 +220,21 @@ class Classroom:
     def measure(self, fusion: Fusion, stage: Stage) -> dict[str, Likelihood]:
         """What the rule does to the held-out answers, by "forget" and "retain"; nothing without held-out prompts."""
         measured = {}
-        groups = {"forget": self._prepared.probe_forget, "retain": self._prepared.probe_retain}
-        for name, group in groups.items():
-            if group:
-                advance = stage(f"measuring: {name}", 1)
-                measured[name] = likelihood(fusion, [(one.prompt_ids, one.answer_ids) for one in group])
-                advance(1)
+        for name, pairs in self.held_out.items():
+            advance = stage(f"measuring: {name}", 1)
+            measured[name] = likelihood(fusion, pairs)
+            advance(1)
         return measured
+
+    @property
+    def held_out(self) -> dict[str, list[tuple[Sequence[int], Sequence[int]]]]:
+        """Prompts and answers that no lesson saw, by "forget" and "retain" where there are any."""
+        groups = {"forget": self._prepared.probe_forget, "retain": self._prepared.probe_retain}
+        return {
+            name: [(one.prompt_ids, one.answer_ids) for one in group]
+            for name, group in groups.items()
+            if group
+        }
 
     def save(self, folder: Path) -> dict[str, Path]:
         """The served adapters in PEFT's format, by name."""

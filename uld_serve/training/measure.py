@@ -6,7 +6,7 @@ Shapes: B examples, N answer tokens, V real tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -108,9 +108,14 @@ class Fusion:
     def adapters(self) -> list[Assistant]:
         return [*self.roles.values(), *([] if self.target is None else [self.target])]
 
-    @torch.inference_mode()
     def score(self, examples: Sequence[Example]) -> Scored:
         """Teacher-forced over the answers of some examples: one batch."""
+        return next(self.scores(examples, [self.rule]))
+
+    @torch.inference_mode()
+    def scores(self, examples: Sequence[Example], rules: Sequence[RuleSpec]) -> Iterator[Scored]:
+        """The same under each of some rules that read the same streams, which run once. One after another: they are
+        large."""
         streams: dict[str, torch.Tensor] = {}
         first = self.adapters[0]
         batch = self._batch(first, examples)
@@ -122,11 +127,18 @@ class Fusion:
             streams[role] = assistant.logits(assistant.hidden(batch))
         # With an adapter in the target the rule starts from the adapted target's scores.
         b_NV = base_NV if self.target is None else self.target.logits(self.target.hidden(batch))
-        found = [
-            combine(b_NV, streams, self.rule, protected_ids=self.protected_ids, fused_filter=is_filtered)
-            for is_filtered in (False, True)
-        ]
-        return Scored(labels_N=labels_N, base_NV=base_NV, open_NV=found[0], closed_NV=found[1])
+        for rule in rules:
+            yield Scored(
+                labels_N=labels_N,
+                base_NV=base_NV,
+                open_NV=self._combined(b_NV, streams, rule, fused_filter=False),
+                closed_NV=self._combined(b_NV, streams, rule, fused_filter=True),
+            )
+
+    def _combined(
+        self, b_NV: torch.Tensor, streams: Mapping[str, torch.Tensor], rule: RuleSpec, *, fused_filter: bool
+    ) -> torch.Tensor:
+        return combine(b_NV, streams, rule, protected_ids=self.protected_ids, fused_filter=fused_filter)
 
     def _batch(self, assistant: Assistant, examples: Sequence[Example]) -> Batch:
         with assistant.peft.disable_adapter():
@@ -137,28 +149,51 @@ class Fusion:
         return cast(Batch, {name: cast(torch.Tensor, v).to(device) for name, v in collate(seen).items()})
 
 
-def likelihood(fusion: Fusion, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Likelihood:
-    """Of answers after prompts, both token ids."""
-    nlls: dict[str, list[torch.Tensor]] = {"base": [], "open": [], "closed": []}
-    same = []
+Pairs = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""Prompts and their answers, token ids."""
+
+
+def likelihood(fusion: Fusion, pairs: Pairs) -> Likelihood:
+    return likelihoods(fusion, pairs, [fusion.rule])[0]
+
+
+def likelihoods(fusion: Fusion, pairs: Pairs, rules: Sequence[RuleSpec]) -> list[Likelihood]:
+    """The same answers under each rule; target and assistants run once for all."""
+    tallies = [_Tally() for _ in rules]
     examples = [
         Example(tuple(prompt), tuple(answer), Kind.RETAIN, (0.0,) * len(answer)) for prompt, answer in pairs
     ]
     for start in range(0, len(examples), BATCH_SIZE):
-        scored = fusion.score(examples[start : start + BATCH_SIZE])
-        for name, found in nlls.items():
+        scored = fusion.scores(examples[start : start + BATCH_SIZE], rules)
+        for tally, one in zip(tallies, scored, strict=True):
+            tally.add(one)
+    return [tally.likelihood() for tally in tallies]
+
+
+class _Tally:
+    """Answer tokens under one rule, batch by batch."""
+
+    def __init__(self) -> None:
+        self._nlls: dict[str, list[torch.Tensor]] = {"base": [], "open": [], "closed": []}
+        self._same: list[torch.Tensor] = []
+
+    def add(self, scored: Scored) -> None:
+        for name, found in self._nlls.items():
             log_p_NV = cast(torch.Tensor, getattr(scored, f"{name}_NV")).log_softmax(-1)
             found.append(-log_p_NV.gather(-1, scored.labels_N[:, None])[:, 0])
-        same.append((scored.closed_NV.argmax(-1) == scored.base_NV.argmax(-1)).float())
-    removed_N = torch.cat(nlls["closed"]).isinf()
-    return Likelihood(
-        tokens=removed_N.shape[0],
-        nll_base=torch.cat(nlls["base"]).mean().item(),
-        nll_fused=torch.cat(nlls["open"]).mean().item(),
-        nll_served=torch.cat(nlls["closed"]).mean().item(),
-        agreement=torch.cat(same).mean().item(),
-        removed=removed_N.float().mean().item(),
-    )
+        self._same.append((scored.closed_NV.argmax(-1) == scored.base_NV.argmax(-1)).float())
+
+    def likelihood(self) -> Likelihood:
+        base_N, open_N, closed_N = (torch.cat(found) for found in self._nlls.values())
+        removed_N = closed_N.isinf()
+        return Likelihood(
+            tokens=removed_N.shape[0],
+            nll_base=base_N.mean().item(),
+            nll_fused=open_N.mean().item(),
+            nll_served=closed_N.mean().item(),
+            agreement=torch.cat(self._same).mean().item(),
+            removed=removed_N.float().mean().item(),
+        )
 
 
 def generate(
