@@ -103,13 +103,6 @@ def test_margin_takes_its_slack_and_weights_from_what_it_is_given() -> None:
     assert margin_of([[0.0, 1.0]], [[2.0, 0.0]], weights=weights) == pytest.approx(forgotten)
 
 
-def test_margin_leaves_what_is_kept_alone_within_its_dead_zone() -> None:
-    weights = MarginWeights(slack=1.0, dead_zone=4.0)
-    assert margin_of([[3.0, 3.0]], [[0.0, 0.0]], weights=weights) == 0
-    assert margin_of([[3.5, 5.0]], [[0.0, 0.0]], weights=weights) == pytest.approx(2 * 0.5**2 / 2 + 1.5)
-    assert margin_of([[10.0, -9.0]], [[10.0, 0.0]], weights=weights) == 0  # a goal is one of d, not beyond z
-
-
 @pytest.mark.parametrize("distance", [0.0, 1e4, -1e4])
 def test_margin_has_a_bounded_gradient_and_one_at_a_equal_to_b(distance: float) -> None:
     difference_NC = torch.full((2, 3), distance, requires_grad=True)

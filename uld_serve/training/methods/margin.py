@@ -14,11 +14,9 @@ from uld_serve.training.settings import LATE_LAYERS, Settings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarginWeights:
-    """`slack` is m, `dead_zone` z. The others weigh against a label of weight 1 if it is forgotten, `kept_label` if
-    not."""
+    """`slack` is m. The others weigh against a label of weight 1 if it is forgotten, `kept_label` if not."""
 
     slack: float = 1.0
-    dead_zone: float = 0.0
     kept_label: float = 2.0
     others_of_kept: float = 1.0
     others_of_forgotten: float = 0.3
@@ -36,15 +34,16 @@ def margin(
 
         y with a goal s       smooth_l1(d, s)
         others with a goal    smooth_l1(relu(s - d), 0)    at least s
-        goal 0                smooth_l1(relu(d - z + m), 0)    at most z - m: relu(d - z) is 0, with room to spare
+        goal 0                smooth_l1(relu(d + m), 0)    at most -m: relu(d) is 0, with room to spare
 
     It is UNDIAL's adjusted logit b - s onehot(y) (arXiv 2402.10052, Eq. 2) placed in an assistant under the
-    rule b - alpha relu(a - b - z). Bounded, and with a gradient at a = b, where relu(a - b) itself has none.
+    rule b - alpha relu(a - b - z). Bounded, and with a gradient at a = b, where relu(a - b) itself has none. The dead
+    zone z is left to the rule: an assistant taught to stay below z - m only kept less than one taught to stay below -m.
     `counts_NC` is False for a column that is the label once more. The mean is over `chosen_N`, one kind of
     example; the caller weighs the kinds.
     """
     has_goal_NC = goal_NC > 0
-    closed_NC = _huber(torch.relu(difference_NC - weights.dead_zone + weights.slack))
+    closed_NC = _huber(torch.relu(difference_NC + weights.slack))
     raised_NC = _huber(torch.relu(goal_NC - difference_NC))
     # From both sides for the label: without a ceiling its difference grows for ever.
     label_N = torch.where(
@@ -68,7 +67,6 @@ def _objective(tokens: Tokens, settings: Settings) -> Parts:
     goal_NC[:, 0] = tokens.goals_N
     weights = MarginWeights(
         slack=settings.slack,
-        dead_zone=settings.dead_zone,
         others_of_kept=settings.others_of_kept,
         others_of_forgotten=settings.others_of_forgotten,
     )
