@@ -11,8 +11,9 @@ import pytest
 
 from uld_serve.engine.request import Receipt, SamplingParams
 from uld_serve.errors import ProfileError
+from uld_serve.evaluation.held_out import Item
 from uld_serve.evaluation.remembering import Remembering
-from uld_serve.evaluation.verify import NUM_STEPS, Options, verify
+from uld_serve.evaluation.verify import NUM_STEPS, Options, Questions, verify
 from uld_serve.llm import Completion, Scored
 from uld_serve.profiles.probes import Message, Probe, Probes
 from uld_serve.profiles.profile import BaseSpec, Profile, ProfileVersion, RuleSpec, StreamSpec
@@ -199,3 +200,31 @@ def test_what_is_asked_otherwise_is_asked_again() -> None:
     for top in (1, 2, 2):
         once.score([[FORGET, 50, SECRET]], top=top)
     assert model.calls == ["generate None"] * 2 + ["score None"] * 2
+
+
+def test_other_questions_are_asked_in_place_of_the_probes() -> None:
+    asked = Questions([Item([FORGET, 50], [SECRET], "Ron")], [Item([RETAIN, 50], [FACT], "Paris")], ("Ron",))
+    report = verify(
+        FakeModel(), _version(Probes()), unfiltered="unfiltered", options=Options(samples=1), questions=asked
+    ).as_json()
+    assert (report["forget"]["n"], report["forget"]["tokens"]) == (1, 1)
+    assert report["forget"]["nll_fused"] == pytest.approx(4.0)
+    assert report["ok"] is True
+
+
+def test_without_words_nobody_says_what_an_answer_tells_and_the_rest_is_judged() -> None:
+    model = FakeModel()
+    asked = Questions([Item([FORGET, 50], [SECRET], "Ron")], [Item([RETAIN, 50], [FACT], "Paris")], ())
+    report = verify(
+        model, _version(Probes()), unfiltered="unfiltered", options=Options(samples=1), questions=asked
+    ).as_json()
+    assert report["recall"] is None
+    assert (report["fluency"]["base_t1"], report["fluency"]["ratio_t1"]) == (None, None)
+    assert [gate["name"] for gate in report["gates"]] == [
+        "forget NLL rise",
+        "retain NLL rise",
+        "retain agreement",
+        "perplexity ratio, greedy",
+    ]
+    assert report["ok"] is True
+    assert model.seeds == {}, "nothing was drawn"

@@ -1,18 +1,20 @@
-"""Measures on held-out prompts whether a profile forgets what it should and keeps the rest. Called by
+"""Measures whether a profile forgets what it should and keeps the rest, on its own probes or on others. Called by
 `uld-serve profiles verify`. Asks through LLM alone, so what is measured is what is served; knows no files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 from uld_serve.engine.request import SamplingParams
 from uld_serve.errors import ProfileError
 from uld_serve.evaluation import metrics
+from uld_serve.evaluation.held_out import Item
+from uld_serve.evaluation.verdict import Fluency, Likelihood, Limits, Recall, Report
 from uld_serve.llm import Completion, Scored
-from uld_serve.profiles.probes import Probe
+from uld_serve.profiles.probes import Probe, Probes
 from uld_serve.profiles.profile import ProfileVersion
 
 Step = Callable[[str], None]
@@ -47,161 +49,99 @@ class Options:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Likelihood:
-    """Of the base's own greedy answers to n prompts. NLL in nats a token; `agreement` is the share of answer
-    positions where base and profile have the same most likely token; `removed` the share of answer tokens
-    that the profile's filter makes impossible.
-    """
-
-    n: int
-    tokens: int
-    nll_base: float
-    nll_fused: float
-    agreement: float
-    removed: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recall:
-    """Share of answers to the forget prompts that name a keyword: greedy, and drawn at temperature 1."""
-
-    base: float
-    fused: float
-    base_t1: float
-    fused_t1: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fluency:
-    """Perplexity under the base, given the prompt, of the base's answers and of the forgetting ones, to the
-    forget prompts. `distinct_*` is the mean share of different bigrams in the greedy answers, which a loop
-    would lower.
-    """
-
-    base: float
-    fused: float
-    base_t1: float
-    fused_t1: float
-    distinct_base: float
-    distinct_fused: float
-
-    @property
-    def ratio(self) -> float:
-        return self.fused / self.base
-
-    @property
-    def ratio_t1(self) -> float:
-        return self.fused_t1 / self.base_t1
-
-
 @dataclass(frozen=True, slots=True)
-class Gate:
-    """One condition for `ok`. `value` is None when it could not be measured, which fails."""
+class Questions:
+    """What is asked. An item without an answer has the base's own. Without `keywords` nobody can say what an answer
+    tells: then recall is not measured and nothing is drawn at temperature 1."""
 
-    name: str
-    value: float | None
-    limit: float
-    is_minimum: bool
+    forget: Sequence[Item]
+    retain: Sequence[Item]
+    keywords: tuple[str, ...]
 
-    @property
-    def ok(self) -> bool:
-        if self.value is None:
-            return False
-        return self.value >= self.limit if self.is_minimum else self.value <= self.limit
+    @classmethod
+    def of(cls, probes: Probes, encoder: Encoder) -> Questions:
+        def item(probe: Probe) -> Item:
+            prompt_ids = encoder.encode_chat([message.model_dump() for message in probe.messages])
+            return Item(prompt_ids, list(probe.answer_ids or ()), None)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    version: ProfileVersion
-    forget: Likelihood
-    retain: Likelihood
-    recall: Recall
-    fluency: Fluency
-
-    @property
-    def gates(self) -> tuple[Gate, ...]:
-        greedy = metrics.relative_fall(self.recall.base, self.recall.fused)
-        at_t1 = metrics.relative_fall(self.recall.base_t1, self.recall.fused_t1)
-        return (
-            Gate("forget NLL rise", self.forget.nll_fused - self.forget.nll_base, 2.5, True),
-            Gate("retain NLL rise", self.retain.nll_fused - self.retain.nll_base, 0.12, False),
-            Gate("retain agreement", self.retain.agreement, 0.93, True),
-            Gate("recall fall, greedy", greedy, 0.8, True),
-            Gate("recall fall, T = 1", at_t1, 0.8, True),
-            Gate("perplexity ratio, greedy", self.fluency.ratio, 3.0, False),
-        )
-
-    def as_json(self) -> dict[str, object]:
-        rule = self.version.profile.rule
-        return {
-            "profile": self.version.name,
-            "digest": self.version.digest,
-            "rule": rule.kind,
-            "strength": rule.strength,
-            "forget": asdict(self.forget),
-            "retain": asdict(self.retain),
-            "recall": asdict(self.recall),
-            "fluency": {
-                **asdict(self.fluency),
-                "ratio": self.fluency.ratio,
-                "ratio_t1": self.fluency.ratio_t1,
-            },
-            "gates": [
-                {
-                    "name": gate.name,
-                    "value": gate.value,
-                    "at_least" if gate.is_minimum else "at_most": gate.limit,
-                }
-                | {"ok": gate.ok}
-                for gate in self.gates
-            ],
-            "ok": all(gate.ok for gate in self.gates),
-        }
+        return cls([*map(item, probes.forget)], [*map(item, probes.retain)], probes.keywords)
 
 
 def verify(
-    model: Model, version: ProfileVersion, *, unfiltered: str, options: Options, step: Step = lambda _: None
+    model: Model,
+    version: ProfileVersion,
+    *,
+    unfiltered: str,
+    options: Options,
+    questions: Questions | None = None,
+    limits: Limits | None = None,
+    step: Step = lambda _: None,
 ) -> Report:
-    """Ask every probe of the profile, without and with it.
+    """Ask every question, without and with the profile; its own probes unless other `questions` are given.
 
     `unfiltered` names a profile in `model` that is the same but for a fused filter (the same name where
     there is none): a fused filter gives an unlikely token probability 0, so its NLL would be infinite,
     while what the rule does to it is finite and tells how much. All else is asked of the profile as served.
-    `step` is called with a word before each of `NUM_STEPS` stages. Raises ProfileError if a probe list is
-    empty.
+    `step` is called with a word before each of at most `NUM_STEPS` stages. Raises ProfileError if a list of questions
+    is empty.
     """
-    probes = version.probes
-    if not probes.forget or not probes.retain:
+    asked = Questions.of(version.probes, model.tokenizer) if questions is None else questions
+    if not asked.forget or not asked.retain:
         raise ProfileError(f"profile '{version.name}' cannot be verified: no forget or no retain probes")
     asker = _Asker(model, version.name, unfiltered, options, step)
-    base_greedy = asker.greedy(probes.forget, None, "base, greedy")
-    retain_greedy = asker.greedy(probes.retain, None, "base, greedy, retain prompts")
-    fused_greedy = asker.greedy(probes.forget, version.name, "profile, greedy")
-    base_t1 = asker.sampled(probes.forget, None, "base, T = 1")
-    fused_t1 = asker.sampled(probes.forget, version.name, "profile, T = 1")
-    texts = [
-        [answer.text for answer in answers] for answers in (base_greedy, fused_greedy, base_t1, fused_t1)
-    ]
-    repeated = [probe for probe in probes.forget for _ in range(options.samples)]
+    retain_greedy = asker.greedy(asked.retain, None, "base, greedy, retain prompts")
+    greedy = _Pair(
+        asker.greedy(asked.forget, None, "base, greedy"),
+        asker.greedy(asked.forget, version.name, "profile, greedy"),
+    )
+    drawn = _drawn(asker, asked, version.name) if asked.keywords else None
     return Report(
         version=version,
-        forget=asker.likelihood(probes.forget, base_greedy, "likelihood of forget answers"),
-        retain=asker.likelihood(probes.retain, retain_greedy, "likelihood of retain answers"),
-        recall=Recall(
-            base=metrics.recall(texts[0], probes.keywords),
-            fused=metrics.recall(texts[1], probes.keywords),
-            base_t1=metrics.recall(texts[2], probes.keywords),
-            fused_t1=metrics.recall(texts[3], probes.keywords),
-        ),
-        fluency=Fluency(
-            base=asker.perplexity(probes.forget, base_greedy, "fluency of the base, greedy"),
-            fused=asker.perplexity(probes.forget, fused_greedy, "fluency of the profile, greedy"),
-            base_t1=asker.perplexity(repeated, base_t1, "fluency of the base, T = 1"),
-            fused_t1=asker.perplexity(repeated, fused_t1, "fluency of the profile, T = 1"),
-            distinct_base=metrics.distinct([answer.token_ids for answer in base_greedy]),
-            distinct_fused=metrics.distinct([answer.token_ids for answer in fused_greedy]),
-        ),
+        forget=asker.likelihood(asked.forget, greedy.base, "likelihood of forget answers"),
+        retain=asker.likelihood(asked.retain, retain_greedy, "likelihood of retain answers"),
+        recall=None if drawn is None else _recall(greedy, drawn, asked.keywords),
+        fluency=_fluency(asker, asked, greedy, drawn, options),
+        limits=limits or Limits(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Answers to the same prompts."""
+
+    base: list[Completion]
+    fused: list[Completion]
+
+
+def _drawn(asker: _Asker, asked: Questions, name: str) -> _Pair:
+    return _Pair(
+        asker.sampled(asked.forget, None, "base, T = 1"), asker.sampled(asked.forget, name, "profile, T = 1")
+    )
+
+
+def _recall(greedy: _Pair, drawn: _Pair, keywords: Sequence[str]) -> Recall:
+    told = [
+        metrics.recall([answer.text for answer in answers], keywords)
+        for answers in (greedy.base, greedy.fused, drawn.base, drawn.fused)
+    ]
+    return Recall(base=told[0], fused=told[1], base_t1=told[2], fused_t1=told[3])
+
+
+def _fluency(
+    asker: _Asker, asked: Questions, greedy: _Pair, drawn: _Pair | None, options: Options
+) -> Fluency:
+    base_t1 = fused_t1 = None
+    if drawn is not None:
+        repeated = [item for item in asked.forget for _ in range(options.samples)]
+        base_t1 = asker.perplexity(repeated, drawn.base, "fluency of the base, T = 1")
+        fused_t1 = asker.perplexity(repeated, drawn.fused, "fluency of the profile, T = 1")
+    return Fluency(
+        base=asker.perplexity(asked.forget, greedy.base, "fluency of the base, greedy"),
+        fused=asker.perplexity(asked.forget, greedy.fused, "fluency of the profile, greedy"),
+        base_t1=base_t1,
+        fused_t1=fused_t1,
+        distinct_base=metrics.distinct([answer.token_ids for answer in greedy.base]),
+        distinct_fused=metrics.distinct([answer.token_ids for answer in greedy.fused]),
     )
 
 
@@ -209,39 +149,39 @@ NUM_STEPS = 11
 
 
 class _Asker:
-    """Puts probes to the model, with one set of options."""
+    """Puts questions to the model, with one set of options."""
 
     def __init__(self, model: Model, name: str, unfiltered: str, options: Options, step: Step) -> None:
         self._model, self._name, self._unfiltered = model, name, unfiltered
         self._options, self._step = options, step
 
-    def greedy(self, probes: Sequence[Probe], profile: str | None, what: str) -> list[Completion]:
+    def greedy(self, items: Sequence[Item], profile: str | None, what: str) -> list[Completion]:
         self._step(what)
         params = SamplingParams(max_tokens=self._options.max_tokens, temperature=0.0)
-        prompts = [self._prompt(probe) for probe in probes]
+        prompts = [item.prompt_ids for item in items]
         return self._model.generate(prompts, [params] * len(prompts), profile=profile)
 
-    def sampled(self, probes: Sequence[Probe], profile: str | None, what: str) -> list[Completion]:
-        """`samples` answers a probe, with fixed seeds that are the same without and with the profile."""
+    def sampled(self, items: Sequence[Item], profile: str | None, what: str) -> list[Completion]:
+        """`samples` answers a prompt, with fixed seeds that are the same without and with the profile."""
         self._step(what)
         options = self._options
-        prompts = [self._prompt(probe) for probe in probes for _ in range(options.samples)]
+        prompts = [item.prompt_ids for item in items for _ in range(options.samples)]
         params = [
             SamplingParams(max_tokens=options.max_tokens, temperature=1.0, seed=options.seed + number)
             for number in range(len(prompts))
         ]
         return self._model.generate(prompts, params, profile=profile)
 
-    def likelihood(self, probes: Sequence[Probe], own: Sequence[Completion], what: str) -> Likelihood:
-        """Of the answers recorded in the probes, or of the base's `own` where a probe has none."""
+    def likelihood(self, items: Sequence[Item], own: Sequence[Completion], what: str) -> Likelihood:
+        """Of the items' answers, or of the base's `own` where one has none."""
         self._step(what)
-        answers = [probe.answer_ids or answer.token_ids for probe, answer in zip(probes, own, strict=True)]
-        base, base_top = self._score(probes, answers, None)
-        served, served_top = self._score(probes, answers, self._name)
-        fused, _ = self._score(probes, answers, self._unfiltered)
+        answers = [item.answer_ids or answer.token_ids for item, answer in zip(items, own, strict=True)]
+        base, base_top = self._score(items, answers, None)
+        served, served_top = self._score(items, answers, self._name)
+        fused, _ = self._score(items, answers, self._unfiltered)
         tokens = [value for answer in served for value in answer]
         return Likelihood(
-            n=len(probes),
+            n=len(items),
             tokens=len(tokens),
             nll_base=metrics.mean_nll(base),
             nll_fused=metrics.mean_nll(fused),
@@ -249,19 +189,19 @@ class _Asker:
             removed=sum(value == float("-inf") for value in tokens) / len(tokens),
         )
 
-    def perplexity(self, probes: Sequence[Probe], answers: Sequence[Completion], what: str) -> float:
+    def perplexity(self, items: Sequence[Item], answers: Sequence[Completion], what: str) -> float:
         """Under the base, given the prompt. An answer without a token counts for nothing."""
         self._step(what)
-        pairs = zip(probes, answers, strict=True)
-        said = [(probe, answer.token_ids) for probe, answer in pairs if answer.token_ids]
-        logprobs, _ = self._score([probe for probe, _ in said], [ids for _, ids in said], None)
+        pairs = zip(items, answers, strict=True)
+        said = [(item, answer.token_ids) for item, answer in pairs if answer.token_ids]
+        logprobs, _ = self._score([item for item, _ in said], [ids for _, ids in said], None)
         return metrics.perplexity(logprobs)
 
     def _score(
-        self, probes: Sequence[Probe], answers: Sequence[Sequence[int]], profile: str | None
+        self, items: Sequence[Item], answers: Sequence[Sequence[int]], profile: str | None
     ) -> tuple[list[list[float]], list[list[int]]]:
         """Log-probability of each answer token, and the most likely token at its position."""
-        prompts = [self._prompt(probe) for probe in probes]
+        prompts = [item.prompt_ids for item in items]
         sequences = [prompt + list(answer) for prompt, answer in zip(prompts, answers, strict=True)]
         scored = self._model.score(sequences, profile=profile, top=1)
         logprobs, top = [], []
@@ -269,6 +209,3 @@ class _Asker:
             logprobs.append([value for value in result.logprobs[len(prompt) :] if value is not None])
             top.append([ids[0] for ids in result.top_ids[len(prompt) :]])
         return logprobs, top
-
-    def _prompt(self, probe: Probe) -> list[int]:
-        return self._model.tokenizer.encode_chat([message.model_dump() for message in probe.messages])

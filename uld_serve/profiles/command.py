@@ -8,21 +8,35 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from uld_serve.data.documents import Document, read_documents
 from uld_serve.errors import InvalidRequest
 from uld_serve.evaluation.unfiltered import UNFILTERED, unfiltered_copy
 from uld_serve.profiles.profile import ProfileVersion, StreamSpec
 from uld_serve.profiles.registry import BUILTIN, find_profile, profile_directories
 from uld_serve.profiles.store import read_profile, read_training_record
+
+if TYPE_CHECKING:
+    from uld_serve.evaluation.verify import Questions
+    from uld_serve.llm import LLM
+
+GATES = {
+    "min_forget_rise": "nats a token by which forget answers become less likely at least (2.5)",
+    "max_retain_rise": "the same for retain answers, at most (0.12)",
+    "min_agreement": "share of retain positions with the base's likeliest token, at least (0.93)",
+    "min_recall_fall": "share of the answers with a keyword that must be gone (0.8)",
+    "max_perplexity_ratio": "of forgetting answers to the base's, under the base, at most (3)",
+}
 
 SUMMARY = "list, show, verify or merge profiles"
 
@@ -42,6 +56,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verify.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     verify.add_argument("--samples", type=int, default=4, metavar="N", help="draws a prompt at T = 1 (4)")
     verify.add_argument("--max-tokens", type=int, default=48, metavar="N", help="longest answer (48)")
+    verify.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    for side in ("forget", "retain"):
+        verify.add_argument(
+            f"--{side}",
+            type=Path,
+            metavar="DATA",
+            help=f"{side} prompts to ask in place of the profile's own",
+        )
+    verify.add_argument("--keywords", type=Path, metavar="FILE", help="with --forget: words that must go")
+    verify.add_argument(
+        "--limit", type=int, metavar="N", help="with --forget: at most N of either, spread evenly"
+    )
+    gates = verify.add_argument_group("gates")
+    for name, what in GATES.items():
+        gates.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=what)
     _add_merge(actions)
 
 
@@ -126,15 +155,16 @@ def _show(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from uld_serve.evaluation.remembering import Remembering
+    from uld_serve.evaluation.verdict import Limits
     from uld_serve.evaluation.verify import NUM_STEPS, Options, verify
     from uld_serve.llm import LLM
 
-    if args.samples < 1 or args.max_tokens < 1:
-        raise InvalidRequest("--samples and --max-tokens must be at least 1")
-    if len(set(args.names)) < len(args.names):
-        raise InvalidRequest("one profile is named twice")
+    _check_verify(args)
+    documents = {side: _documents(args, side) for side in ("forget", "retain") if getattr(args, side)}
     found = [find_profile(args.profiles, name) for name in args.names]
     options = Options(samples=args.samples, max_tokens=args.max_tokens)
+    given = {name: getattr(args, name) for name in GATES}
+    limits = Limits(**{name: value for name, value in given.items() if value is not None})
     console = Console(stderr=True)
     reports = []
     with ExitStack() as stack:
@@ -146,11 +176,21 @@ def _verify(args: argparse.Namespace) -> int:
             for directory, version in found
         ]
         roots = [directory for directory, _ in found] + [copy for copy in copies if copy is not None]
-        model = Remembering(LLM(args.model, profiles=roots, dtype=args.dtype))
+        llm = LLM(args.model, profiles=roots, dtype=args.dtype, device=args.device)
+        model = Remembering(llm)
+        questions = _questions(llm, documents, args.keywords) if documents else None
         for (_, version), copy in zip(found, copies, strict=True):
             unfiltered = version.name if copy is None else copy.name
             step = partial(_advance, progress, task, version.name)
-            report = verify(model, version, unfiltered=unfiltered, options=options, step=step).as_json()
+            report = verify(
+                model,
+                version,
+                unfiltered=unfiltered,
+                options=options,
+                questions=questions,
+                limits=limits,
+                step=step,
+            ).as_json()
             _print_report(console, report)
             reports.append(report)
     ok = all(report["ok"] for report in reports)
@@ -158,6 +198,41 @@ def _verify(args: argparse.Namespace) -> int:
         whole = reports[0] if len(reports) == 1 else {"profiles": reports, "ok": ok}
         print(json.dumps(_without_nan(whole), allow_nan=False))
     return 0 if ok else 1
+
+
+def _check_verify(args: argparse.Namespace) -> None:
+    if args.samples < 1 or args.max_tokens < 1:
+        raise InvalidRequest("--samples and --max-tokens must be at least 1")
+    if len(set(args.names)) < len(args.names):
+        raise InvalidRequest("one profile is named twice")
+    if (args.forget is None) != (args.retain is None):
+        raise InvalidRequest("--forget and --retain go together")
+    for name in ("keywords", "limit"):
+        if getattr(args, name) is not None and args.forget is None:
+            raise InvalidRequest(
+                f"--{name} is of questions in place of the profile's own: give --forget and --retain"
+            )
+    if args.limit is not None and args.limit < 2:
+        raise InvalidRequest("--limit must be at least 2")
+    for name in GATES:
+        if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
+            raise InvalidRequest(f"--{name.replace('_', '-')} must be a number")
+
+
+def _documents(args: argparse.Namespace, side: str) -> Sequence[Document]:
+    found = read_documents(getattr(args, side), kind=side).documents
+    if args.limit is None or len(found) <= args.limit:
+        return found
+    return [found[number * len(found) // args.limit] for number in range(args.limit)]
+
+
+def _questions(llm: LLM, documents: Mapping[str, Sequence[Document]], keywords: Path | None) -> Questions:
+    from uld_serve.evaluation.held_out import items
+    from uld_serve.evaluation.verify import Questions
+
+    words = [] if keywords is None else [line.strip() for line in keywords.read_text("utf-8").splitlines()]
+    forget, retain = (items(llm, documents[side], kind=side) for side in ("forget", "retain"))
+    return Questions(forget, retain, tuple(word for word in words if word))
 
 
 def _names_unlike(taken: Sequence[str]) -> Iterator[str]:
@@ -171,7 +246,8 @@ def _advance(progress: Progress, task: TaskID, name: str, what: str) -> None:
 def _print_report(console: Console, report: dict[str, object]) -> None:
     console.print(f"[bold]{report['profile']}[/] {report['digest']}  {report['rule']} x {report['strength']}")
     for section in ("forget", "retain", "recall", "fluency"):
-        console.print(f"{section:8}", ", ".join(_figures(report[section])), highlight=False)
+        if report[section] is not None:
+            console.print(f"{section:8}", ", ".join(_figures(report[section])), highlight=False)
     table = Table("gate", "measured", "limit", "", box=None)
     gates = report["gates"]
     for gate in gates if isinstance(gates, list) else []:
@@ -183,7 +259,7 @@ def _print_report(console: Console, report: dict[str, object]) -> None:
 
 def _figures(section: object) -> list[str]:
     values = section if isinstance(section, dict) else {}
-    return [f"{name} {value:.4g}" for name, value in values.items()]
+    return [f"{name} {value:.4g}" for name, value in values.items() if value is not None]
 
 
 def _without_nan(value: object) -> object:

@@ -23,7 +23,7 @@ from uld_serve.training.dry_run import Forecast, forecast
 from uld_serve.training.manifest import OF_ALL, Request, joined, read_manifest
 from uld_serve.training.options import Chosen, add_method, add_settings
 from uld_serve.training.plot import plot_losses, require_plot
-from uld_serve.training.progress import Display
+from uld_serve.training.progress import Display, EventLines
 from uld_serve.training.run import Outcome, refuse_existing, train
 from uld_serve.training.settings import Settings, option
 from uld_serve.training.sources import Sources
@@ -53,6 +53,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     out.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the losses, .png")
     out.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
+    out.add_argument(
+        "--events", action="store_true", help="every stage and every loss as a JSON object on standard output"
+    )
     how = parser.add_argument_group("training", "defaults depend on the method")
     add_method(how)
     add_base(how)
@@ -117,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _refuse_beside_dry_run(args: argparse.Namespace) -> None:
     """Options that a run which trains nothing would ignore."""
-    for name in ("resume", "plot", "tracker"):
+    for name in ("resume", "plot", "tracker", "events"):
         if getattr(args, name):
             raise DataError(f"--dry-run trains nothing; leave out --{name}")
 
@@ -148,7 +151,8 @@ def _train(
     answers: Path | None = None,
 ) -> Outcome | None:
     settings = _settings(job, base, console)
-    with Display(console) as display:
+    is_told = job.args.events and PartialState().is_main_process
+    with EventLines() if is_told else Display(console) as display:
         watch = Watch(stage=display.stage, report=display.report, trackers=tuple(job.args.tracker))
         outcome = train(
             base,
@@ -201,8 +205,9 @@ def _tell(outcome: Outcome, job: _Job, console: Console) -> int:
 
 def _run_manifest(args: argparse.Namespace) -> int:
     """Every request in turn on one base; one that fails ends no other. 1 if any failed."""
-    if args.dry_run:
-        raise DataError("--dry-run is of one request; leave out --manifest")
+    for name in ("dry_run", "events"):
+        if getattr(args, name):
+            raise DataError(f"--{option(name)} is of one request; leave out --manifest")
     _refuse_beside_manifest(args)
     jobs = [_job_of(request, args) for request in read_manifest(args.manifest)]
     finished = [job for job in jobs if job.out.exists()]

@@ -31,7 +31,7 @@ SETS = frozenset({"forget", "retain", "probe-forget", "probe-retain"})
 OWN = ("--readme", "--plot")
 # What belongs to the whole of it, and is given on the command line.
 OF_ALL = frozenset(
-    {"base", "dtype", "device", "out", "resume", "json", "manifest", "dry-run", "tracker", "name"}
+    {"base", "dtype", "device", "out", "resume", "json", "manifest", "dry-run", "events", "tracker", "name"}
 )
 
 

@@ -1,10 +1,12 @@
-"""How a run is shown: bars on a terminal, one line a stage and a line now and then in a log file.
+"""How a run is shown: bars on a terminal, one line a stage and a line now and then in a log file, JSON to programs.
 Called by command; knows no model."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -48,3 +50,31 @@ class Display:
         if is_due and not self._console.is_terminal:
             self._last_line = step
             self._console.print(f"step {step} of {self._steps}: {shown}", highlight=False, soft_wrap=True)
+
+
+class EventLines:
+    """The same for programs: one JSON object a line on standard output. A reader who has gone ends the run."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def stage(self, what: str, total: int) -> Callable[[int], None]:
+        self._steps = total
+        _print_event({"event": "stage", "stage": what, "total": total})
+        return lambda _count: None
+
+    def report(self, step: int, parts: Mapping[str, float]) -> None:
+        losses = {name: parts[name] for name in SHOWN if name in parts}
+        _print_event({"event": "step", "step": step, "num_steps": self._steps, **losses})
+
+
+def _print_event(event: Mapping[str, object]) -> None:
+    print(json.dumps(event), flush=True)
