@@ -23,13 +23,16 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def real(tiny: Tiny, make_engine: Callable[..., Engine]) -> Iterator[RealServer]:
-    with real_server(tiny, make_engine()) as server:
+def real(
+    tiny: Tiny, make_engine: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RealServer]:
+    with real_server(tiny, make_engine(), tmp_path_factory.mktemp("audit") / "audit.jsonl") as server:
         yield server
 
 
 def run(server: RealServer, command: list[str]) -> None:
-    """The program says "ok", and every answer that it got was made under the profile, or was asked of the base."""
+    """The program says "ok", and the audit log that it was answered under the profile, by the sampler's receipt."""
+    before = len(server.recorded())
     # No client may wait for a host that is not ours, and none may see this machine's keys.
     environment = {"PATH": os.environ["PATH"], "HOME": str(CLIENTS), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     result = subprocess.run(
@@ -42,7 +45,8 @@ def run(server: RealServer, command: list[str]) -> None:
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.split()[-1] == "ok"
-    assert any(PROFILE in line for line in server.lines)
+    ended = [line for line in server.recorded()[before:] if line["event"] == "ended"]
+    assert any(str(line["forget"]).startswith(f"{PROFILE}@") and line["outcome"] == "ok" for line in ended)
 
 
 @pytest.mark.parametrize(

@@ -85,12 +85,12 @@ class RealServer:
     audit: Path
 
     def ask(self, path: str, body: Body, headers: Mapping[str, str] | None = None) -> Answer:
-        recorded = len(self._recorded())
+        recorded = len(self.recorded())
         response = self.live.post(path, body, headers=headers)
         assert response.status_code == 200, response.text
-        return Answer(self, path, body, response, self._recorded()[recorded:])
+        return Answer(self, path, body, response, self.recorded()[recorded:])
 
-    def _recorded(self) -> list[dict[str, object]]:
+    def recorded(self) -> list[dict[str, object]]:
         return [json.loads(line) for line in self.audit.read_text().splitlines()]
 
 

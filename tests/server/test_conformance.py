@@ -115,6 +115,7 @@ CASES = [
         1,
         lambda a: len(prompt_entries(a)) == a.usage["prompt_tokens"] and prompt_entries(a)[0] is None,
     ),
+    Case("return_token_ids", True, lambda a: token_ids_of(a) == (num_prompt_ids(a), num_drawn(a))),
     Case("prompt", [72], num_prompt_tokens(1), instead="Hi", paths=(COMPLETIONS,)),
     Case("prompt", "Hello", num_prompt_tokens(5), instead="Hi", paths=(COMPLETIONS,)),
     Case("prompt", ["Hello", "H"], num_prompt_tokens(6), instead="Hi", paths=(COMPLETIONS,)),
@@ -159,6 +160,17 @@ CASES = [
         paths=(CHAT,),
     ),
 ]  # fmt: skip
+
+
+def token_ids_of(answer: Answer) -> tuple[int, int]:
+    """How many ids of the prompt and of the answer are given: as vLLM, a chat's prompt has them beside its choices."""
+    choice = answer.choices[0]
+    prompt = choice.get("prompt_token_ids") or answer.json.get("prompt_token_ids") or []
+    return len(prompt), len(choice.get("token_ids") or [])
+
+
+def num_prompt_ids(answer: Answer) -> int:
+    return answer.usage["prompt_tokens"]
 
 
 def prompt_entries(answer: Answer) -> list[object]:

@@ -187,7 +187,11 @@ def test_lists_show_what_the_key_may_use(guarded: LiveServer) -> None:
         assert [model.id for model in client.models.list()] == [MODEL, f"{MODEL}:acme", f"{MODEL}:secret"]
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve(f"{MODEL}:harry-potter")
-    cards = guarded.get("/v1/forget_profiles", headers={"Authorization": "Bearer key-bound"}).json()["data"]
+    listed = guarded.get("/v1/forget_profiles", headers={"Authorization": "Bearer key-bound"}).json()
+    assert listed["key"] == {"allow_base": False, "logprobs": False}
+    free = guarded.get("/v1/forget_profiles", headers={"Authorization": "Bearer key-free"}).json()
+    assert free["key"] == {"allow_base": True, "logprobs": True}
+    cards = listed["data"]
     assert [(card["name"], card["is_mandatory"]) for card in cards] == [("acme", False), ("secret", True)]
     assert cards[0]["digest"] == "sha256:" + "a" * 64
     assert cards[0]["model"] == f"{MODEL}:acme"

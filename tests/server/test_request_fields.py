@@ -44,7 +44,16 @@ CHAT_ONLY: list[tuple[str, object, dict[str, object]]] = [
     ),
 ]
 # Tested by what the answer looks like, here or in the other files.
-BY_ANSWER = {"model", "forget_profile", "forget_strength", "n", "stream", "stream_options", "user"}
+BY_ANSWER = {
+    "model",
+    "forget_profile",
+    "forget_strength",
+    "n",
+    "stream",
+    "stream_options",
+    "return_token_ids",
+    "user",
+}
 COMPLETION_BY_ANSWER = {"prompt", "echo"}
 CHAT_BY_ANSWER = {"messages", "max_completion_tokens", "logprobs", "top_logprobs"}
 
@@ -73,7 +82,13 @@ def test_field_reaches_the_engine(
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_null_means_the_default(server: LiveServer, path: str) -> None:
     plain = {"model": MODEL, **REQUIRED[path], "seed": 1}
-    nullable = [name for name, _, _ in SAMPLING if name != "seed"] + ["n", "stream", "stream_options", "user"]
+    nullable = [name for name, _, _ in SAMPLING if name != "seed"] + [
+        "n",
+        "stream",
+        "stream_options",
+        "return_token_ids",
+        "user",
+    ]
     assert server.post(path, plain).status_code == 200
     assert server.post(path, plain | dict.fromkeys(nullable)).status_code == 200
     assert server.engine.calls[0].params == server.engine.calls[1].params
@@ -148,6 +163,7 @@ BAD: list[tuple[str, str, object]] = [
             "ignore_eos": [1, "true"],
             "prompt_logprobs": [-1, 21],
             "stream": ["yes", 1],
+            "return_token_ids": ["yes", 1],
             "stream_options": [True, {"include_usage": True}],
             "user": ["x" * 257, 5],
             "forget_strength": [-0.1, 2.1, 1],

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from uld_serve.engine.request import Delta
 from uld_serve.server.admission import HEADER, Admit, Admitted
-from uld_serve.server.generation import Answer, Generation, finish_reason
+from uld_serve.server.generation import Answer, Choice, Generation, finish_reason
 from uld_serve.server.logprobs import chat_logprobs, prompt_logprobs
 from uld_serve.server.protocol import ChatRequest
 from uld_serve.server.receipts import forget_body, usage_body
@@ -43,10 +43,13 @@ async def create_chat_completion(admitted: Annotated[Admitted[ChatRequest], Depe
     generation = await admitted.start(choices, n=admitted.request.n or 1)
     headers = {HEADER: generation.receipt.header, "X-Request-Id": admitted.id}
     if admitted.request.is_stream:
-        return EventStream(_events(admitted, generation), source=generation, headers=headers)
+        return EventStream(_events(admitted, generation, choices[0]), source=generation, headers=headers)
     async with aclosing(generation):
         answers = await admitted.answers(generation)
-    return json_response(_whole(admitted, generation, answers), headers=headers)
+    body = _whole(admitted, generation, answers)
+    if admitted.request.return_token_ids:
+        body.prompt_token_ids = choices[0].prompt.token_ids
+    return json_response(body, headers=headers)
 
 
 def _whole(admitted: Admitted[ChatRequest], generation: Generation, answers: list[Answer]) -> ChatResponse:
@@ -68,7 +71,7 @@ def _whole(admitted: Admitted[ChatRequest], generation: Generation, answers: lis
 
 def _choice(admitted: Admitted[ChatRequest], index: int, answer: Answer) -> ChatChoice:
     request, tokenizer = admitted.request, admitted.catalog.tokenizer
-    return ChatChoice(
+    choice = ChatChoice(
         index=index,
         message=AnswerMessage(role="assistant", content=answer.text, refusal=None),
         logprobs=chat_logprobs(answer.logprobs, tokenizer, top=request.top_logprobs or 0)
@@ -76,9 +79,14 @@ def _choice(admitted: Admitted[ChatRequest], index: int, answer: Answer) -> Chat
         else None,
         finish_reason=answer.finish_reason,
     )
+    if request.return_token_ids:
+        choice.token_ids = answer.token_ids
+    return choice
 
 
-async def _events(admitted: Admitted[ChatRequest], generation: Generation) -> AsyncGenerator[bytes, None]:
+async def _events(
+    admitted: Admitted[ChatRequest], generation: Generation, first: Choice
+) -> AsyncGenerator[bytes, None]:
     request, begun, is_first = admitted.request, set[int](), True
     async with aclosing(admitted.deltas(generation)) as deltas:
         async for index, delta in deltas:
@@ -87,6 +95,8 @@ async def _events(admitted: Admitted[ChatRequest], generation: Generation) -> As
                 opening = _chunk(admitted, generation, [_role_choice(index)])
                 if is_first:
                     opening.forget, is_first = forget_body(generation.receipt), False
+                    if request.return_token_ids:
+                        opening.prompt_token_ids = first.prompt.token_ids
                 if index == 0 and request.prompt_logprobs is not None:
                     opening.prompt_logprobs = prompt_logprobs(
                         delta.prompt_logprobs or (), top=request.prompt_logprobs
@@ -130,7 +140,11 @@ def _chunk_choice(admitted: Admitted[ChatRequest], index: int, delta: Delta) -> 
     logprobs = None
     if request.logprobs and delta.logprobs:
         logprobs = chat_logprobs(delta.logprobs, admitted.catalog.tokenizer, top=request.top_logprobs or 0)
-    if not (delta.text or reason or logprobs):
+    has_ids = bool(request.return_token_ids and delta.token_ids)
+    if not (delta.text or reason or logprobs or has_ids):
         return None
     content = ChatDelta(content=delta.text) if delta.text or logprobs else ChatDelta()
-    return ChatChunkChoice(index=index, delta=content, logprobs=logprobs, finish_reason=reason)
+    choice = ChatChunkChoice(index=index, delta=content, logprobs=logprobs, finish_reason=reason)
+    if has_ids:
+        choice.token_ids = list(delta.token_ids)
+    return choice

@@ -90,6 +90,7 @@ class _Writer:
         self._prompt_ids = choice.prompt.token_ids
         self._top = request.logprobs
         self._prompt_top = request.prompt_logprobs
+        self._has_ids = bool(request.return_token_ids)
         self._rows = CompletionLogprobRows(admitted.catalog.tokenizer, top=request.logprobs or 0)
         self._echo = _echo_text(choice.prompt, admitted.catalog.tokenizer) if request.echo else None
         self._has_begun = False
@@ -114,11 +115,16 @@ class _Writer:
         reason = finish_reason(delta)
         logprobs = None if self._top is None else self._logprobs(delta, is_first=is_first)
         wants_prompt = self._prompt_top is not None and is_first
-        if not (must_write or text or reason or wants_prompt or (logprobs and logprobs.tokens)):
+        has_more = wants_prompt or (logprobs and logprobs.tokens) or (self._has_ids and delta.token_ids)
+        if not (must_write or text or reason or has_more):
             return None
         made = CompletionChoice(index=self._index, text=text, logprobs=logprobs, finish_reason=reason)
         if wants_prompt:
             made.prompt_logprobs = prompt_logprobs(delta.prompt_logprobs or (), top=self._prompt_top or 0)
+        if self._has_ids:
+            made.token_ids = list(delta.token_ids)
+            if is_first:
+                made.prompt_token_ids = self._prompt_ids
         return made
 
     def _logprobs(self, delta: Delta, *, is_first: bool) -> CompletionLogprobs:

@@ -170,6 +170,7 @@ EXAMPLES: dict[str, Example] = {
                     "is_mandatory": False,
                 }
             ],
+            "key": {"allow_base": True, "logprobs": True},
         }
     ),
     "GET /health": Example(answer={"status": "ok"}),

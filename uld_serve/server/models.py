@@ -13,6 +13,7 @@ from uld_serve.server.policy import KeyPolicy
 from uld_serve.server.responses import (
     ForgetProfileCard,
     ForgetProfileList,
+    KeyViews,
     ModelCard,
     ModelList,
     json_response,
@@ -46,9 +47,11 @@ async def get_model(model_id: str, catalog: TheCatalog, policy: ThePolicy) -> Re
 
 
 async def list_forget_profiles(catalog: TheCatalog, policy: ThePolicy) -> Response:
-    """The profiles that this key may use, and whether they are in every answer that it gets."""
+    """The profiles that this key may use, whether they are in every answer that it gets, and whether it may also see
+    the base and log-probabilities."""
     cards = [_profile_card(catalog, policy, name) for name in catalog.visible_profiles(policy)]
-    return json_response(ForgetProfileList(object="list", data=cards))
+    views = KeyViews(allow_base=policy.allow_base, logprobs=policy.logprobs)
+    return json_response(ForgetProfileList(object="list", data=cards, key=views))
 
 
 def _cards(catalog: Catalog, policy: KeyPolicy) -> list[ModelCard]:

@@ -130,6 +130,7 @@ class GenerationRequest(ForgetRequest):
     min_tokens: Annotated[int | None, Field(ge=0, lt=2**31)] = 0
     ignore_eos: bool | None = False
     prompt_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    return_token_ids: bool | None = False
     user: Annotated[str | None, Field(max_length=256, description="Written to the audit log.")] = None
 
     @model_validator(mode="after")

@@ -58,6 +58,8 @@ class CompletionChoice(Shape):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class CompletionResponse(Shape):
@@ -98,6 +100,7 @@ class ChatChoice(Shape):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    token_ids: list[int] | None = None
 
 
 class ChatResponse(Shape):
@@ -109,6 +112,7 @@ class ChatResponse(Shape):
     usage: UsageBody
     forget: Forget
     prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class ChatDelta(Shape):
@@ -121,6 +125,7 @@ class ChatChunkChoice(Shape):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
+    token_ids: list[int] | None = None
 
 
 class ChatChunk(Shape):
@@ -132,6 +137,7 @@ class ChatChunk(Shape):
     usage: UsageBody | None = None
     forget: Forget | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class ModelCard(Shape):
@@ -160,9 +166,17 @@ class ForgetProfileCard(Shape):
     is_mandatory: bool
 
 
+class KeyViews(Shape):
+    """What the asking key may see beside its profiles."""
+
+    allow_base: bool
+    logprobs: bool
+
+
 class ForgetProfileList(Shape):
     object: Literal["list"]
     data: list[ForgetProfileCard]
+    key: KeyViews
 
 
 class TokenizeResponse(Shape):
