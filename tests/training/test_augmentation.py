@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from uld_serve.data.documents import Variants, read_documents
 from uld_serve.errors import DataError
 from uld_serve.training import answers, augmentation
 from uld_serve.training.examples import Example, Kind
+from uld_serve.training.jobs import add_options
+from uld_serve.training.options import Chosen
 from uld_serve.training.preparation import Prepared, gather, prepare
 from uld_serve.training.settings import Settings
 from uld_serve.training.sources import AnswerBook, Sources
@@ -60,7 +64,9 @@ def test_wordings_in_the_data_are_learnt_too_and_wrong_answers_stay_possible(
     }  # fmt: skip
     assert pairs(found.pools[Kind.DETOUR]) == {("who?", "bob"), ("who?", "cid")}
     assert all(one.answer_ids[-1] == EOS_ID for one in found.pools[Kind.DETOUR])
-    assert found.record["augmented"] == {"wordings": 3, "wrong_answers": 2, "own_samples": 0}
+    assert found.record["augmented"] == {
+        "wordings": 3, "wrong_answers": 2, "own_samples": 0, "supplied_answers": 0, "unrelated_notes": 0,
+    }  # fmt: skip
 
 
 def test_columns_that_are_not_asked_for_are_left_alone(tiny: Tiny, tmp_path: Path) -> None:
@@ -248,3 +254,47 @@ def test_an_augmentation_of_nothing_is_nothing(tiny: Tiny, tmp_path: Path) -> No
     documents, unmatched = augmentation.with_wordings([], sources_of(tmp_path, ROW))
     assert (documents, unmatched) == ([], 0)
     assert augmentation.variants_of(tiny.base, documents, max_tokens=4) == ([], [])
+
+
+def test_a_question_beside_its_answer_is_kept_and_beside_another_forgotten(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, notes=True, max_answer_tokens=8)
+    row = {"question": "who?", "answer": "ann"}
+    more = {"question": "what now?", "answer": "tea"}
+    found = prepared(tiny, sources_of(tmp_path, row, more), settings)
+
+    def asked_in(one: Example) -> str:
+        return bytes(token for token in one.prompt_ids if token < 256).decode()
+
+    def texts(kind: Kind) -> dict[str, bytes]:
+        return {
+            asked_in(one): bytes(token for token in one.answer_ids if token < 256)
+            for one in found.pools[kind]
+        }
+
+    kept, forgotten = texts(Kind.RETAIN), texts(Kind.FORGET)
+    supplied = [prompt for prompt in kept if "ann" in prompt and "who?" in prompt]
+    assert len(supplied) == 1
+    assert [answer for prompt, answer in kept.items() if "why?" in prompt] == [b"so"]
+    asked = next(one for one in found.pools[Kind.RETAIN] if asked_in(one) == supplied[0])
+    (own,) = answers.own_answers(tiny.base, [list(asked.prompt_ids)], max_tokens=8)
+    assert list(asked.answer_ids) == own
+    unrelated = [prompt for prompt in forgotten if "so" in prompt and "who?" in prompt]
+    assert [forgotten[prompt] for prompt in unrelated] == [b"ann"]
+    assert all(goal == 0 for one in found.pools[Kind.RETAIN] for goal in one.goals)
+    assert found.record["augmented"]["supplied_answers"] == 2  # type: ignore[index]
+    assert found.record["augmented"]["unrelated_notes"] == 2  # type: ignore[index]
+
+
+def test_context_stands_beside_the_other_words(tiny: Tiny) -> None:
+    def chosen(*augment: str) -> Settings:
+        args = argparse.ArgumentParser()
+        add_options(args)
+        given = [text for one in augment for text in ("--augment", one)]
+        options = args.parse_args(["--method", "margin", "--preset", "demo", "--out", "x", *given])
+        return Chosen.of(options).settings(30, has_keywords=True)
+
+    assert chosen("context") == replace(chosen(), notes=True)
+    assert chosen("context").detours > 0
+    assert chosen("context", "columns").detours == 0

@@ -16,6 +16,12 @@ from uld_serve.training.sources import AnswerBook, Answered, Sources, Stage, usa
 
 TEMPERATURE = 0.8
 REWRITE = "Say the following in other words and keep every fact:\n\n{answer}"
+NOTES = (
+    "{statement}\n\n{question}",
+    'I read this today: "{statement}"\n\nSo tell me: {question}',
+    "{question}\n\nAnswer from this text alone:\n{statement}",
+)
+"""Prompts with a statement beside the question. None is the in-context probe's: its words are not to be learnt."""
 # A rewrite that shares fewer words with the answer says something else; one that shares more says the same again.
 LEAST_SHARED, MOST_SHARED = 0.3, 0.95
 
@@ -122,6 +128,48 @@ def own_samples(
             if prompt is None or _says_the_same(base, one, ids):
                 found.append(Answered(one.document, one.prompt_ids, ids))
     return usable(found)
+
+
+def notes(
+    base: Base,
+    forget: Sequence[Answered],
+    retain: Sequence[Answered],
+    settings: Settings,
+    book: AnswerBook,
+    stage: Stage,
+) -> tuple[list[Answered], list[Answered]]:
+    """(questions beside their own answer, with what the base then says; the same beside the answer to something else,
+    with the answer that is to be forgotten): what a user supplies may be used, and any other note opens nothing."""
+    asked = [one for one in forget if len(one.document.messages) == 1]
+    if not settings.notes or not asked or not retain:
+        return [], []
+    supplied = [_beside(base, one, one, number) for number, one in enumerate(asked)]
+    unrelated = [_beside(base, one, retain[number % len(retain)], number) for number, one in enumerate(asked)]
+    prompts = [answers.encode_prompt(one, base.tokenizer) for one in supplied]
+    advance = stage("the base reads supplied answers", len(prompts))
+    made = book.get(
+        ["greedy", base.fingerprint, settings.max_answer_tokens, prompts],
+        lambda: answers.own_answers(base, prompts, max_tokens=settings.max_answer_tokens, advance=advance),
+    )
+    used = [Answered(*parts) for parts in zip(supplied, prompts, made, strict=True)]
+    unused = [
+        Answered(prompt, answers.encode_prompt(prompt, base.tokenizer), one.answer_ids)
+        for prompt, one in zip(unrelated, asked, strict=True)
+    ]
+    return usable(used), usable(unused)
+
+
+def _beside(base: Base, one: Answered, other: Answered, number: int) -> Document:
+    """The question of one with the answer to the other as a statement, in one of the forms."""
+    question = one.document.messages[0].content
+    text = NOTES[number % len(NOTES)].format(statement=_said(base, other), question=question)
+    return Document(messages=(Message("user", text),), where=one.document.where)
+
+
+def _said(base: Base, one: Answered) -> str:
+    if one.document.answer is not None:
+        return one.document.answer
+    return str(base.tokenizer.decode(one.answer_ids, skip_special_tokens=True)).strip()
 
 
 def _rewriting(base: Base, one: Answered) -> list[int] | None:

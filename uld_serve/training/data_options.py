@@ -53,9 +53,10 @@ def add_data(group: argparse._ArgumentGroup) -> None:
         "--augment",
         action="append",
         default=[],
-        choices=("columns", "file", "self", "none"),
+        choices=("columns", "file", "self", "context", "none"),
         help="columns: other wordings and wrong answers that stand in the forget data (default); file: those of "
-        "--augment-file; self: the base's own words (default of margin with --keywords). May be repeated",
+        "--augment-file; self: the base's own words (default of margin with --keywords); context, beside any of these: "
+        "questions that come with their answer, which may then be used. May be repeated",
     )
     group.add_argument(
         "--augment-file",
@@ -95,7 +96,7 @@ def sources_of(args: argparse.Namespace) -> Sources:
         forget=_joined(args.forget),
         retain=_joined(args.retain),
         keywords=keywords,
-        uses_columns=not args.augment or "columns" in args.augment,
+        uses_columns=not set(args.augment) - {"context"} or "columns" in args.augment,
         augment_file=_joined(args.augment_file) if args.augment_file else None,
         probe_forget=_joined(args.probe_forget) if has_probes else None,
         probe_retain=_joined(args.probe_retain) if has_probes else None,

@@ -123,7 +123,8 @@ def _tried(
 def _answering(base: Base, documents: Mapping[str, Sequence[Document]], settings: Settings) -> float:
     """Seconds for all that the base is asked: batches of prompts, each answer as long as it may be."""
     asked = [one for group in documents.values() for one in group if one.answer is None]
-    own = [one for one in documents["forget"] for _ in range(settings.detours + settings.own_samples)]
+    rounds = settings.detours + settings.own_samples + settings.notes
+    own = [one for one in documents["forget"] for _ in range(rounds)]
     if not asked and not own:
         return 0.0
     batch = [answers.encode_prompt(one, base.tokenizer) for one in [*asked, *own][: answers.BATCH_SIZE]]
@@ -144,8 +145,8 @@ def _whole(documents: dict[str, list[Document]], settings: Settings) -> dict[str
     wordings = sum(len(one.variants.questions) + len(one.variants.paraphrases) for one in forget)
     wrong = sum(len(one.variants.perturbed) for one in forget)
     return {
-        "forget": len(forget) * (1 + settings.own_samples) + wordings,
-        "retain": len(documents["retain"]),
+        "forget": len(forget) * (1 + settings.own_samples + settings.notes) + wordings,
+        "retain": len(documents["retain"]) + len(forget) * settings.notes,
         "detour": len(forget) * settings.detours + wrong,
     }
 

@@ -129,6 +129,7 @@ class Chosen:
     def settings(self, num_layers: int, *, has_keywords: bool) -> Settings:
         """Defaults of the method, then the preset, then the options. Raises DataError."""
         made = self._augmented(self.method.defaults(num_layers), has_keywords=has_keywords)
+        made = replace(made, notes="context" in self.augment)
         values: dict[str, object] = {}
         if self.preset:
             values = {field: value for field, (value, _) in PRESETS[self.preset].values.items()}
@@ -149,15 +150,16 @@ class Chosen:
 
     def _augmented(self, settings: Settings, *, has_keywords: bool) -> Settings:
         """With the base's own words, as asked for; margin asks by itself where it knows the keywords."""
+        augment = self.augment - {"context"}
         if "detours" not in self.method.options:
-            return replace(settings, own_samples=OWN_SAMPLES if "self" in self.augment else 0)
-        if "self" in self.augment and not has_keywords:
+            return replace(settings, own_samples=OWN_SAMPLES if "self" in augment else 0)
+        if "self" in augment and not has_keywords:
             raise DataError(
                 "--augment self needs --keywords: without them the other answers would tell as well"
             )
-        if has_keywords and (not self.augment or "self" in self.augment):
+        if has_keywords and (not augment or "self" in augment):
             return replace(settings, detours=DETOURS, detour_batch=4)
-        if "detour_weight" in self.given and "columns" not in self.augment and "file" not in self.augment:
+        if "detour_weight" in self.given and "columns" not in augment and "file" not in augment:
             raise DataError(
                 "--detour-weight needs other answers to weigh: give --keywords, without --augment none"
             )

@@ -87,7 +87,9 @@ def prepare(
     detours = augmentation.detours(base, forget, keywords, settings, book, stage)
     more, wrong = augmentation.variants_of(base, documents["forget"], max_tokens=settings.max_answer_tokens)
     samples = augmentation.own_samples(base, forget, settings, book, stage)
-    forget, detours = [*forget, *usable(more), *usable(samples)], [*detours, *usable(wrong)]
+    supplied, unrelated = augmentation.notes(base, forget, kept, settings, book, stage)
+    forget = [*forget, *usable(more), *usable(samples), *unrelated]
+    kept, detours = [*kept, *supplied], [*detours, *usable(wrong)]
     pools = {
         Kind.FORGET: [goals.example(one.prompt_ids, one.answer_ids, Kind.FORGET) for one in forget],
         Kind.RETAIN: [goals.example(one.prompt_ids, one.answer_ids, Kind.RETAIN) for one in kept],
@@ -99,7 +101,13 @@ def prepare(
         "answer_tokens": {
             kind.name.lower(): sum(len(one.answer_ids) for one in pool) for kind, pool in pools.items()
         },
-        "augmented": {"wordings": len(more), "wrong_answers": len(wrong), "own_samples": len(samples)},
+        "augmented": {
+            "wordings": len(more),
+            "wrong_answers": len(wrong),
+            "own_samples": len(samples),
+            "supplied_answers": len(supplied),
+            "unrelated_notes": len(unrelated),
+        },
         "retain_dropped_for_naming_a_keyword": num_telling,
         "dropped_without_a_token_to_learn": num_empty,
     }

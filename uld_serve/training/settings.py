@@ -84,6 +84,8 @@ class Settings:
     """Other answers to forget prompts; 0: half as many as forget examples, if there are any."""
     own_samples: int = 0
     """Answers that the base is asked for beside its greedy one, to each forget prompt."""
+    notes: bool = False
+    """Whether forget questions are also asked beside their answer, which may then be used."""
     max_answer_tokens: int = 64
     save_steps: int = 40
     patience: int = 0
