@@ -18,7 +18,19 @@ MAX_LINES = 400
 # Layer -> the layers that it may import. A command (`*/command.py`, demo, generate) is a part of the command line,
 # wherever it lives; `llm` is llm.py with assembly.py; errors, config and the version may be imported by all.
 ALLOWED = {
-    "cli": {"server", "training", "evaluation", "bench", "llm", "engine", "model", "profiles", "data"},
+    "cli": {
+        "fleet",
+        "server",
+        "training",
+        "evaluation",
+        "bench",
+        "llm",
+        "engine",
+        "model",
+        "profiles",
+        "data",
+    },
+    "fleet": {"server", "llm", "engine", "model", "profiles"},
     "server": {"llm", "engine", "model", "profiles"},
     "evaluation": {"llm", "engine", "profiles", "data"},
     "bench": {"server", "llm", "engine", "model", "profiles", "uld_kernels"},

@@ -34,14 +34,16 @@ def assemble(
     device: str = "auto",
     settings: EngineSettings | None = None,
     weights: Weights = "stored",
+    registry: Registry | None = None,
 ) -> Assembly:
     """Load a base (None: the embedded one) and its profiles (None: the built-in ones, for the embedded base).
 
     Each profile is verified from its files, checked against the base and replayed; separate models that profiles name
-    are loaded too. Raises ModelUnsupported or ProfileError.
+    are loaded too. With a `registry` its versions are served and no others, whatever lies in the roots. Raises
+    ModelUnsupported or ProfileError.
     """
-    roots = profiles if profiles is not None else ([BUILTIN] if model is None else [])
-    registry = Registry.load_all(roots)
+    roots = profile_roots(model, profiles)
+    registry = Registry.load_all(roots) if registry is None else registry
     base = load_base(model, dtype=dtype, device=device, weights=weights)
     engine = Engine.of(base, settings)
     facts = facts_of(base)
@@ -51,6 +53,11 @@ def assemble(
     for version in registry:
         admit(engine, version)
     return Assembly(base, engine, registry, tuple(roots))
+
+
+def profile_roots(model: str | None, profiles: Sequence[Path] | None) -> Sequence[Path]:
+    """Where a server with these settings looks for profiles."""
+    return profiles if profiles is not None else ([BUILTIN] if model is None else [])
 
 
 def load_models(versions: Iterable[ProfileVersion], base: Base) -> dict[str, Base]:

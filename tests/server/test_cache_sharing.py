@@ -14,12 +14,12 @@ from uld_serve.engine.async_engine import AsyncEngine
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import Decision
 from uld_serve.engine.request import SamplingParams
-from uld_serve.server import command
+from uld_serve.server import key_sources
 from uld_serve.server.keys import KeyRing, sha256_of
 from uld_serve.server.settings import checked_settings
 
-ENVIRONMENT = {command.KEY_VARIABLE: "environment-key-of-32-characters"}
-SECRETS = ("key-one", "key-two", ENVIRONMENT[command.KEY_VARIABLE])
+ENVIRONMENT = {key_sources.KEY_VARIABLE: "environment-key-of-32-characters"}
+SECRETS = ("key-one", "key-two", ENVIRONMENT[key_sources.KEY_VARIABLE])
 
 
 def ring(**cache: bool) -> KeyRing:
@@ -28,7 +28,7 @@ def ring(**cache: bool) -> KeyRing:
         for name in ("one", "two")
     ]
     settings = checked_settings({"keys": keys, **({"cache": cache} if cache else {})}, source="test")
-    return command.key_ring(settings, ENVIRONMENT)
+    return key_sources.key_ring(settings, ENVIRONMENT)
 
 
 def salts(keys: KeyRing) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 from live_server import MODEL, LiveServer
 from tiny_base import Tiny
 
-from uld_serve.server import command
+from uld_serve.server import key_sources
 from uld_serve.server.audit import AuditLog
 from uld_serve.server.keys import sha256_of
 from uld_serve.server.reload import Reloader
@@ -37,7 +37,7 @@ class Site:
         self.write(entry("one"), entry("two"))
         settings = read_settings(path)
         self.server = start(keys={f"key-{key.name}": key.policy for key in settings.keys})
-        self.reloader = Reloader(settings, read=self.read, ring=command.safe_keys, audit=audit)
+        self.reloader = Reloader(settings, read=self.read, ring=key_sources.safe_keys, audit=audit)
 
     def read(self) -> ServerSettings:
         return read_settings(self.path)

@@ -11,7 +11,7 @@ from fake_engine import registry
 
 from uld_serve.config import EngineSettings
 from uld_serve.errors import InvalidRequest, ProfileError
-from uld_serve.server import command
+from uld_serve.server import command, key_sources
 from uld_serve.server.keys import KeyRing, sha256_of
 from uld_serve.server.listener import bound_socket, is_loopback
 from uld_serve.server.settings import KeySettings, ServerSettings, check_profiles_exist, read_settings
@@ -123,23 +123,25 @@ def test_wrong_option_is_refused() -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
 def test_public_address_needs_a_key(host: str) -> None:
     with pytest.raises(InvalidRequest, match="without keys"):
-        command.require_safe_address(host, KeyRing())
-    command.require_safe_address(host, command.key_ring(ServerSettings(), {command.KEY_VARIABLE: "k" * 32}))
+        key_sources.require_safe_address(host, KeyRing())
+    key_sources.require_safe_address(
+        host, key_sources.key_ring(ServerSettings(), {key_sources.KEY_VARIABLE: "k" * 32})
+    )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
 def test_loopback_needs_none(host: str) -> None:
     assert is_loopback(host)
-    command.require_safe_address(host, KeyRing())
+    key_sources.require_safe_address(host, KeyRing())
 
 
 def test_key_from_the_environment_is_kept_as_a_hash() -> None:
-    ring = command.key_ring(ServerSettings(), {command.KEY_VARIABLE: "k" * 32})
+    ring = key_sources.key_ring(ServerSettings(), {key_sources.KEY_VARIABLE: "k" * 32})
     assert list(ring.policies) == [sha256_of(b"k" * 32)]
     assert "kkk" not in repr(ring)
     for weak in ("", "short"):
         with pytest.raises(InvalidRequest, match="at least"):
-            command.key_ring(ServerSettings(), {command.KEY_VARIABLE: weak})
+            key_sources.key_ring(ServerSettings(), {key_sources.KEY_VARIABLE: weak})
 
 
 def test_keys_must_name_loaded_profiles() -> None:
@@ -166,7 +168,7 @@ def test_a_key_of_the_environment_takes_nothing_from_the_file_s(tmp_path: Path) 
         f'[[keys]]\nname = "bound"\nsha256 = "{sha256_of(key.encode()).hex()}"\nmandatory = ["secret"]\n'
     )
     with pytest.raises(InvalidRequest, match="'bound'"):
-        command.key_ring(read_settings(path), {command.KEY_VARIABLE: key})
-    both = {command.KEY_VARIABLE: key, command.ADMIN_KEY_VARIABLE: key}
-    with pytest.raises(InvalidRequest, match=command.ADMIN_KEY_VARIABLE):
-        command.key_ring(ServerSettings(), both)
+        key_sources.key_ring(read_settings(path), {key_sources.KEY_VARIABLE: key})
+    both = {key_sources.KEY_VARIABLE: key, key_sources.ADMIN_KEY_VARIABLE: key}
+    with pytest.raises(InvalidRequest, match=key_sources.ADMIN_KEY_VARIABLE):
+        key_sources.key_ring(ServerSettings(), both)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, Protocol, TypeVar
 
 from fastapi import Depends, FastAPI
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,13 +18,14 @@ from uld_serve.profiles.profile import ProfileVersion
 from uld_serve.server import faults
 from uld_serve.server.admission import Backend
 from uld_serve.server.body import read_body
-from uld_serve.server.catalog import Catalog, catalog_of, policy_of
+from uld_serve.server.catalog import Access, access_of, policy_of
 from uld_serve.server.edge import Edge
 from uld_serve.server.json_gate import parse_object
 from uld_serve.server.loader import Change, Loader
 from uld_serve.server.metrics import CONTENT_TYPE
 from uld_serve.server.policy import KeyPolicy
 from uld_serve.server.responses import Shape, json_response
+from uld_serve.server.telemetry import Telemetry
 from uld_serve.server.validation import check_request
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -68,13 +69,58 @@ class DrainState(Shape):
     num_running: int
 
 
+class Operations(Protocol):
+    """What operators can do, to one server or to many that are one."""
+
+    @property
+    def telemetry(self) -> Telemetry: ...
+
+    def states(self) -> list[ProfileState]: ...
+
+    async def load(self, name: str, request: LoadRequest) -> ProfileState: ...
+
+    async def unload(self, name: str) -> ProfileState: ...
+
+    async def drain(self, wait_s: float) -> DrainState: ...
+
+    def metrics(self) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """What operators work on. `unload_wait_s`: how long an unloaded version may be held."""
+    """Operations on this process. `unload_wait_s`: how long an unloaded version may be held."""
 
     backend: Backend
     loader: Loader
     unload_wait_s: float
+
+    @property
+    def telemetry(self) -> Telemetry:
+        return self.backend.telemetry
+
+    def states(self) -> list[ProfileState]:
+        held = self.loader.leases.count
+        return [_state(one.name, Change(None, one, held(one.digest))) for one in self.loader.registry]
+
+    async def load(self, name: str, request: LoadRequest) -> ProfileState:
+        change = await self.loader.load(name, directory=request.directory, digest=request.digest)
+        return _state(name, change)
+
+    async def unload(self, name: str) -> ProfileState:
+        return _state(name, await self.loader.unload(name, wait_s=self.unload_wait_s))
+
+    async def drain(self, wait_s: float) -> DrainState:
+        self.backend.is_draining = True
+        try:
+            async with asyncio.timeout(wait_s):
+                while self.backend.in_flight.num_admitted:
+                    await asyncio.sleep(DRAIN_INTERVAL_S)
+        except TimeoutError:
+            pass  # the answer says how many still run
+        return DrainState(is_draining=True, num_running=self.backend.in_flight.num_admitted)
+
+    def metrics(self) -> bytes:
+        return self.telemetry.metrics.text()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +128,11 @@ class Operator:
     """Who asks, and what they may work on."""
 
     policy: KeyPolicy
-    desk: Desk
+    desk: Operations
 
     def record(self, event: str, **fields: str | int | None) -> None:
         """Raises AuditUnavailable: what cannot be recorded is not done."""
-        audit = self.desk.backend.telemetry.audit
+        audit = self.desk.telemetry.audit
         if audit is not None:
             audit.write(event, key=self.policy.name, **fields)
 
@@ -99,12 +145,11 @@ def operator_of(request: Request) -> Operator:
     return Operator(policy, request.app.state.desk)
 
 
-def reader_of(request: Request) -> Desk:
+def reader_of(request: Request) -> Operations:
     """Raises Unauthenticated, or Forbidden for a key that may not read metrics."""
     if not policy_of(request).may_read_metrics:
         raise Forbidden("this key may not read metrics")
-    desk = request.app.state.desk
-    assert isinstance(desk, Desk)
+    desk: Operations = request.app.state.desk
     return desk
 
 
@@ -118,7 +163,7 @@ class Body(Generic[ModelT]):
         operator_of(request)
         if request.url.query:
             raise InvalidRequest("this route takes no query parameters; put the fields into the body")
-        limits = catalog_of(request).limits
+        limits = access_of(request).limits
         body = await read_body(request, max_bytes=limits.body_bytes, timeout_s=limits.read_timeout_s)
         return check_request(self.model, parse_object(body), refused={})
 
@@ -127,7 +172,7 @@ LOAD, DRAIN = Body(LoadRequest), Body(DrainRequest)
 TheOperator = Annotated[Operator, Depends(operator_of)]
 
 
-def create_admin_app(catalog: Catalog, desk: Desk) -> FastAPI:
+def create_admin_app(access: Access, desk: Operations) -> FastAPI:
     app = FastAPI(
         title="uld-serve admin",
         version=__version__,
@@ -136,8 +181,8 @@ def create_admin_app(catalog: Catalog, desk: Desk) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
     )
-    app.state.catalog, app.state.desk = catalog, desk
-    app.add_middleware(Edge, metrics=desk.backend.telemetry.metrics)
+    app.state.catalog, app.state.desk = access, desk
+    app.add_middleware(Edge, metrics=desk.telemetry.metrics)
     faults.install(app)
     app.add_api_route("/admin/forget_profiles", list_profiles, methods=["GET"])
     app.add_api_route("/admin/forget_profiles/{name}/load", load_profile, methods=["POST"])
@@ -148,43 +193,33 @@ def create_admin_app(catalog: Catalog, desk: Desk) -> FastAPI:
 
 
 async def list_profiles(operator: TheOperator) -> Response:
-    loader = operator.desk.loader
-    states = [_state(one.name, Change(None, one, loader.leases.count(one.digest))) for one in loader.registry]
-    return json_response(ProfileStates(object="list", data=states))
+    return json_response(ProfileStates(object="list", data=operator.desk.states()))
 
 
 async def load_profile(
     name: str, operator: TheOperator, request: Annotated[LoadRequest, Depends(LOAD)]
 ) -> Response:
     operator.record("loading", profile=name, directory=request.directory, digest=request.digest)
-    change = await operator.desk.loader.load(name, directory=request.directory, digest=request.digest)
-    operator.record("loaded", profile=name, digest=_digest(change.now), previous=_digest(change.before))
-    return json_response(_state(name, change))
+    state = await operator.desk.load(name, request)
+    operator.record("loaded", profile=name, digest=state.digest, previous=state.previous)
+    return json_response(state)
 
 
 async def unload_profile(name: str, operator: TheOperator) -> Response:
     operator.record("unloading", profile=name)
-    change = await operator.desk.loader.unload(name, wait_s=operator.desk.unload_wait_s)
-    operator.record("unloaded", profile=name, previous=_digest(change.before), ended=change.num_ended)
-    return json_response(_state(name, change))
+    state = await operator.desk.unload(name)
+    operator.record("unloaded", profile=name, previous=state.previous, ended=state.num_ended)
+    return json_response(state)
 
 
 async def drain(operator: TheOperator, request: Annotated[DrainRequest, Depends(DRAIN)]) -> Response:
     """No new request is taken; those that run go on. There is no way back but a restart."""
     operator.record("draining")
-    backend = operator.desk.backend
-    backend.is_draining = True
-    try:
-        async with asyncio.timeout(request.wait_s):
-            while backend.in_flight.num_admitted:
-                await asyncio.sleep(DRAIN_INTERVAL_S)
-    except TimeoutError:
-        pass  # the answer says how many still run
-    return json_response(DrainState(is_draining=True, num_running=backend.in_flight.num_admitted))
+    return json_response(await operator.desk.drain(request.wait_s))
 
 
-async def metrics(desk: Annotated[Desk, Depends(reader_of)]) -> Response:
-    return Response(desk.backend.telemetry.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+async def metrics(desk: Annotated[Operations, Depends(reader_of)]) -> Response:
+    return Response(desk.metrics(), headers={"Content-Type": CONTENT_TYPE})
 
 
 def _state(name: str, change: Change) -> ProfileState:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -48,6 +48,7 @@ from uld_serve.server.validation import check_request
 from uld_serve.server.watch import Facts
 
 HEADER = "X-Forget-Profile"
+BEHIND = "this replica cannot tell which profiles are active, and answers nothing until it can"
 
 ModelT = TypeVar("ModelT", bound=ModelRequest)
 RequestT = TypeVar("RequestT", CompletionRequest, ChatRequest)
@@ -56,13 +57,15 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(slots=True)
 class Backend:
-    """What generates, and who is told of it. `is_draining` turns true when the server is to take no more requests."""
+    """What generates, and who is told of it. `is_draining` turns true when the server is to take no more requests;
+    `is_behind` tells whether this process may no longer know which profiles are active."""
 
     engine: AsyncEngine
     in_flight: InFlight = field(default_factory=InFlight)
     leases: Leases = field(default_factory=Leases)
     telemetry: Telemetry = field(default_factory=Telemetry)
     is_draining: bool = False
+    is_behind: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +75,13 @@ class Pulse:
     is_alive: bool
     heartbeat_age_s: float
     is_draining: bool
+    is_behind: bool
 
 
 def pulse_of(request: Request) -> Pulse:
     backend = _backend_of(request)
     engine = backend.engine
-    return Pulse(engine.is_alive, engine.heartbeat_age_s, backend.is_draining)
+    return Pulse(engine.is_alive, engine.heartbeat_age_s, backend.is_draining, backend.is_behind())
 
 
 class Parse(Generic[ModelT]):
@@ -215,6 +219,8 @@ def _backend_of(request: Request) -> Backend:
 def _require_open(backend: Backend) -> None:
     if backend.is_draining:
         raise EngineStopped("the server is draining: it finishes what it has and takes no more")
+    if backend.is_behind():
+        raise EngineStopped(BEHIND)
 
 
 async def _parsed(request: Request, model: type[ModelT]) -> ModelT:

@@ -23,6 +23,11 @@ class BodyTimeout(InvalidRequest):
 async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
     """The whole body. 415 unless it is plain JSON, 413 above max_bytes, 408 when it does not arrive in time."""
     _require_json(request)
+    return await read_bytes(request, max_bytes=max_bytes, timeout_s=timeout_s)
+
+
+async def read_bytes(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
+    """The whole body, of whatever type. 413 and 408 as above."""
     _require_announced_size(request, max_bytes)
     chunks: list[bytes] = []
     size = 0

@@ -16,7 +16,15 @@ from uld_serve.server.settings import Limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Catalog:
+class Access:
+    """Who may ask, and how much: all that an application which serves no model needs to know."""
+
+    keys: KeyRing = field(default_factory=KeyRing)
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Catalog(Access):
     """`created` is when the server started, in Unix seconds."""
 
     model: str
@@ -24,8 +32,6 @@ class Catalog:
     tokenizer: Tokenizer
     max_model_len: int
     created: int
-    keys: KeyRing = field(default_factory=KeyRing)
-    limits: Limits = field(default_factory=Limits)
 
     def profiles_of_model(self, requested: str) -> list[frozenset[str]]:
         """What `base:a+b` names: [{a, b}]; [] for the base's plain name. Raises UnknownModel."""
@@ -46,6 +52,12 @@ def catalog_of(request: Request) -> Catalog:
     return catalog
 
 
+def access_of(request: Request) -> Access:
+    access = request.app.state.catalog
+    assert isinstance(access, Access)
+    return access
+
+
 def policy_of(request: Request) -> KeyPolicy:
     """The asking key's policy. Raises Unauthenticated."""
-    return catalog_of(request).keys.policy_of(request)
+    return access_of(request).keys.policy_of(request)

@@ -4,12 +4,10 @@ wrong is refused here, before the address answers."""
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -18,20 +16,15 @@ from rich.table import Table
 
 from uld_serve.assembly import Assembly, assemble
 from uld_serve.config import EngineConfig
-from uld_serve.errors import InvalidRequest
 from uld_serve.server import logs
 from uld_serve.server.catalog import Catalog
-from uld_serve.server.keys import KeyRing, sha256_of
-from uld_serve.server.listener import Listener, bound_socket, is_loopback
-from uld_serve.server.policy import KeyPolicy
+from uld_serve.server.key_sources import safe_keys
+from uld_serve.server.listener import Listener, bound_socket
 from uld_serve.server.reload import Reloader
 from uld_serve.server.serving import Serving, catalog_from, telemetry_of
 from uld_serve.server.settings import ServerSettings, check_profiles_exist, checked_settings, read_settings
 from uld_serve.server.telemetry import Telemetry
 
-KEY_VARIABLE = "ULD_SERVE_API_KEY"
-ADMIN_KEY_VARIABLE = "ULD_SERVE_ADMIN_KEY"
-MIN_KEY_CHARS = 16
 ENGINE_SIZES = {
     "max_model_len": ("TOKENS", "longest prompt and answer together"),
     "max_num_seqs": ("N", "most requests that run at once"),
@@ -154,53 +147,6 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
     if args.admin_port is not None:
         given["admin"] = settings.admin.model_dump(exclude_unset=True) | {"port": args.admin_port}
     return checked_settings(settings.model_dump(exclude_unset=True) | given, source="command line")
-
-
-def key_ring(settings: ServerSettings, environment: Mapping[str, str]) -> KeyRing:
-    """The file's keys, one that may see everything if ULD_SERVE_API_KEY is set and an admin's if ULD_SERVE_ADMIN_KEY is
-    (for containers). Unless they are to share it, the prefix cache keeps them apart, by their names and never by the
-    keys themselves."""
-    policies = {bytes.fromhex(key.sha256): key.policy for key in settings.keys}
-    for policy in (
-        KeyPolicy(name=KEY_VARIABLE, allow_base=True, logprobs=True),
-        KeyPolicy(name=ADMIN_KEY_VARIABLE, allowed=frozenset(), is_admin=True, may_read_metrics=True),
-    ):
-        key = environment.get(policy.name)
-        if key is not None:
-            if len(key) < MIN_KEY_CHARS:
-                raise InvalidRequest(f"{policy.name} must have at least {MIN_KEY_CHARS} characters")
-            digest = sha256_of(key.encode())
-            if digest in policies:
-                raise InvalidRequest(
-                    f"{policy.name} is the key of '{policies[digest].name}' too, and one key cannot mean both"
-                )
-            policies[digest] = policy
-    if not settings.cache.share_between_keys:
-        policies = {digest: replace(one, cache_salt=f"key {one.name}") for digest, one in policies.items()}
-    return KeyRing(policies)
-
-
-def safe_keys(settings: ServerSettings) -> KeyRing:
-    """The keys, if who holds none of them cannot reach what he must not. Raises InvalidRequest."""
-    keys = key_ring(settings, os.environ)
-    require_safe_address(settings.host, keys)
-    if settings.admin.port is not None:
-        require_safe_address(settings.admin.host, keys)
-        if not (keys.is_open or any(policy.is_admin for policy in keys.policies.values())):
-            raise InvalidRequest(
-                "nobody could use the admin listener: give a key `admin = true` (uld-serve keys new NAME --admin), or "
-                f"set {ADMIN_KEY_VARIABLE}"
-            )
-    return keys
-
-
-def require_safe_address(host: str, keys: KeyRing) -> None:
-    """Without keys everybody who reaches the port may do everything, so only this machine may reach it."""
-    if keys.is_open and not is_loopback(host):
-        raise InvalidRequest(
-            f"refusing to listen on {host} without keys: add [[keys]] to --config, set {KEY_VARIABLE}, "
-            "or listen on 127.0.0.1"
-        )
 
 
 def _assemble(settings: ServerSettings) -> Assembly:

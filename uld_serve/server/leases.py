@@ -34,6 +34,11 @@ class Leases:
         return self._held[digest]
 
     @property
+    def counts(self) -> dict[str, int]:
+        """By digest, of those that are held."""
+        return {digest: count for digest, count in self._held.items() if count}
+
+    @property
     def total(self) -> int:
         return self._held.total()
 

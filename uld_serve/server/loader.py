@@ -81,18 +81,13 @@ class Loader:
         Raises NotFound for no such folder, ProfileError for what is in it.
         """
         async with self._locks[name]:
-            version = await asyncio.to_thread(self._read, name, directory or name)
-            if digest not in (None, version.digest):
-                raise ProfileMismatch(f"profile '{name}' there is {version.digest}, not the one asked for")
+            version = await self.read(name, directory=directory, digest=digest)
             before = self.registry.get(name) if name in self.registry.names() else None
             if before is not None and before.digest == version.digest:
                 return Change(before, before, self.leases.count(before.digest))
-            await self._admit(version)
-            self.registry.replace(version)
-        if before is None:
-            return Change(None, version)
-        self._release_when_free(before)
-        return Change(before, version, self.leases.count(before.digest))
+            await self.admit(version)
+            self.put(version)
+        return Change(before, version, 0 if before is None else self.leases.count(before.digest))
 
     async def unload(self, name: str, *, wait_s: float) -> Change:
         """From now on there is no profile `name`. Requests that hold it have `wait_s` to end; then they are ended with
@@ -101,41 +96,46 @@ class Loader:
         Raises UnknownProfile, and ProfileError where a key must apply it.
         """
         async with self._locks[name]:
-            self._require_unneeded(name)
+            self.registry.get(name)
+            require_unneeded(name, self.policies())
             version = self.registry.remove(name)
-            num_leases, num_ended = self.leases.count(version.digest), 0
-            error = ProfileError(f"profile '{name}' was unloaded; nothing is answered without it")
-            error.code = "profile_unloaded"
-            is_free = await self.leases.until_free(version.digest, timeout_s=wait_s)
-            while not is_free:
-                num_ended += self.in_flight.end_those_with(version.digest, error)
-                is_free = await self.leases.until_free(version.digest, timeout_s=END_INTERVAL_S)
-            await self.host.drop(version)
+            num_leases = self.leases.count(version.digest)
+            num_ended = await self.free(version, wait_s=wait_s)
         return Change(version, None, num_leases, num_ended)
 
-    async def _admit(self, version: ProfileVersion) -> None:
+    async def read(self, name: str, *, directory: str | None, digest: str | None) -> ProfileVersion:
+        """The verified version in that folder. Raises as `load` does; nothing is served with it yet."""
+        version = await asyncio.to_thread(find_version, self.roots, name, directory or name)
+        if digest not in (None, version.digest):
+            raise ProfileMismatch(f"profile '{name}' there is {version.digest}, not the one asked for")
+        return version
+
+    async def admit(self, version: ProfileVersion) -> None:
+        """All checks of a start, on the running engine. What fails leaves nothing in memory."""
         try:
             await self.host.admit(version)
         except BaseException:
             await self.host.drop(version)
             raise
 
-    def _read(self, name: str, directory: str) -> ProfileVersion:
-        found = [path for root in self.roots for path in profile_directories(root) if path.name == directory]
-        if not found:
-            raise NotFound(f"no configured root has a profile folder of that name for '{name}'")
-        version = read_profile(found[0])
-        if version.name != name:
-            raise ProfileMismatch(f"the profile in that folder is not named '{name}'")
-        return version
+    def put(self, version: ProfileVersion) -> None:
+        """From now on its name means this version, which was admitted; what it meant before ends with its requests."""
+        before = self.registry.replace(version)
+        if before is not None and before.digest != version.digest:
+            self._release_when_free(before)
 
-    def _require_unneeded(self, name: str) -> None:
-        self.registry.get(name)
-        needing = sorted(one.name for one in self.policies() if name in one.mandatory | one.default)
-        if needing:
-            raise ProfileError(
-                f"keys apply profile '{name}': {', '.join(needing)}; change them first", code="profile_needed"
-            )
+    async def free(self, version: ProfileVersion, *, wait_s: float) -> int:
+        """Let go of a version that no name means; how many requests were ended because they held it for longer than
+        `wait_s`."""
+        num_ended = 0
+        error = ProfileError(f"profile '{version.name}' was unloaded; nothing is answered without it")
+        error.code = "profile_unloaded"
+        is_free = await self.leases.until_free(version.digest, timeout_s=wait_s)
+        while not is_free:
+            num_ended += self.in_flight.end_those_with(version.digest, error)
+            is_free = await self.leases.until_free(version.digest, timeout_s=END_INTERVAL_S)
+        await self.host.drop(version)
+        return num_ended
 
     def _release_when_free(self, version: ProfileVersion) -> None:
         task = asyncio.create_task(self._release(version))
@@ -146,3 +146,23 @@ class Loader:
         await self.leases.until_free(version.digest)
         if all(current.digest != version.digest for current in self.registry):
             await self.host.drop(version)
+
+
+def find_version(roots: Iterable[Path], name: str, directory: str) -> ProfileVersion:
+    """The profile `name` in the folder of that name under any root. Raises NotFound or ProfileError."""
+    found = [path for root in roots for path in profile_directories(root) if path.name == directory]
+    if not found:
+        raise NotFound(f"no configured root has a profile folder of that name for '{name}'")
+    version = read_profile(found[0])
+    if version.name != name:
+        raise ProfileMismatch(f"the profile in that folder is not named '{name}'")
+    return version
+
+
+def require_unneeded(name: str, policies: Iterable[KeyPolicy]) -> None:
+    """Raise ProfileError where a key must apply profile `name`."""
+    needing = sorted(one.name for one in policies if name in one.mandatory | one.default)
+    if needing:
+        raise ProfileError(
+            f"keys apply profile '{name}': {', '.join(needing)}; change them first", code="profile_needed"
+        )

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from uld_serve import __version__
 from uld_serve.errors import EngineStopped
-from uld_serve.server.admission import Pulse, pulse_of
+from uld_serve.server.admission import BEHIND, Pulse, pulse_of
 from uld_serve.server.catalog import Catalog, catalog_of
 from uld_serve.server.responses import Status, Version, json_response
 
@@ -33,6 +33,8 @@ async def ready(pulse: ThePulse, catalog: TheCatalog) -> Response:
     """200 only when a request sent now would be served."""
     if pulse.is_draining:
         raise EngineStopped("the server is draining: it finishes what it has and takes no more")
+    if pulse.is_behind:
+        raise EngineStopped(BEHIND)
     _require_beating(pulse, catalog)
     return json_response(Status(status="ready"))
 
