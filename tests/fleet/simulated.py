@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fake_engine import FakeEngine, profile_version
@@ -51,15 +51,19 @@ class Engine:
 
 @dataclass
 class Disk(Loader):
-    """A loader whose folders are made up: `folder-a` holds a version with digest aaa… of whatever name is asked."""
+    """A loader whose folders are made up: `folder-a` holds a version with digest aaa… of whatever name is asked, and
+    those in `known` have the digest there."""
 
     missing: set[str] = field(default_factory=set)
+    known: dict[str, str] = field(default_factory=dict)
 
     async def read(self, name: str, *, directory: str | None, digest: str | None) -> ProfileVersion:
         assert directory is not None
         if directory in self.missing:
             raise NotFound(f"no configured root has a profile folder of that name for '{name}'")
         version = profile_version(name, digit=directory[-1])
+        if directory in self.known:
+            version = replace(version, digest=self.known[directory])
         if version.digest != digest:
             raise ProfileMismatch(f"profile '{name}' there is {version.digest}, not the one asked for")
         return version

@@ -27,9 +27,11 @@ def test_replicas_are_as_many_as_asked_for() -> None:
 
 
 def test_every_option_reaches_its_setting() -> None:
-    values = {name: str(number) for number, name in enumerate(command.OPTIONS, start=7)}
+    numbers = [name for name in command.OPTIONS if name != "routing"]
+    values = {name: str(number) for number, name in enumerate(numbers, start=7)}
     flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
-    fleet = command.fleet_of(parsed(*flags))
+    fleet = command.fleet_of(parsed(*flags, "--routing", "load"))
+    assert fleet.routing == "load"
     assert {name: float(getattr(fleet, name)) for name in values} == {n: float(v) for n, v in values.items()}
 
 
@@ -41,6 +43,7 @@ def test_every_option_reaches_its_setting() -> None:
         {"min_replicas": 0},
         {"max_queued_requests": -1},
         {"misspelt": 1},
+        {"routing": "random"},
     ],
 )
 def test_what_cannot_work_is_refused(wrong: dict[str, object]) -> None:

@@ -27,6 +27,7 @@ OPTIONS = {
     "max_queued_requests": ("N", int, "requests that wait; more are answered 429"),
     "num_cpus": ("N", float, "processor cores that Ray reserves for a replica"),
     "num_gpus": ("N", float, "GPUs that Ray reserves for a replica"),
+    "routing": ("HOW", str, "'prefix' (default): what begins alike goes to one replica; 'load': to any"),
     "prefix_chars": ("N", int, "how much of a prompt's beginning decides where it goes"),
     "slack": ("N", int, "requests that the preferred replica may have more than the least loaded one"),
 }

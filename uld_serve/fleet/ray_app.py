@@ -101,6 +101,12 @@ def plan_of(fleet: FleetSettings, settings: ServerSettings) -> FleetPlan:
     return FleetPlan(settings, safe_keys(settings), fleet, made_s=time.time())
 
 
+def _router_of(fleet: FleetSettings) -> RequestRouterConfig:
+    if fleet.routing == "load":
+        return RequestRouterConfig()
+    return RequestRouterConfig(request_router_class=ROUTER, request_router_kwargs={"slack": fleet.slack})
+
+
 def application_of(plan: FleetPlan) -> serve.Application:
     fleet, grace_s = plan.fleet, plan.settings.limits.grace_s + ENDING_S
     replicas = serve.deployment(
@@ -116,9 +122,7 @@ def application_of(plan: FleetPlan) -> serve.Application:
             upscale_delay_s=fleet.upscale_delay_s,
             downscale_delay_s=fleet.downscale_delay_s,
         ),
-        request_router_config=RequestRouterConfig(
-            request_router_class=ROUTER, request_router_kwargs={"slack": fleet.slack}
-        ),
+        request_router_config=_router_of(fleet),
         ray_actor_options={"num_cpus": fleet.num_cpus, "num_gpus": fleet.num_gpus},
         graceful_shutdown_timeout_s=grace_s,
         health_check_period_s=fleet.lease_s / 2,

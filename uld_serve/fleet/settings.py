@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,8 +13,9 @@ DOOR_SPARE = 64
 class FleetSettings(BaseModel):
     """`active_file`: where the ledger, on Ray's head node, keeps which profiles are active. `config`: server.toml.
 
-    `max_ongoing_requests` run on one replica, `max_queued_requests` wait in a door for any; more are refused. A
-    replica is preferred for a prompt's first `prefix_chars` characters until it has `slack` requests more than the
+    `max_ongoing_requests` run on one replica, `max_queued_requests` wait in a door for any; more are refused. With
+    `routing` "load" the less busy of two replicas is taken, as Ray does it; with "prefix" one is preferred for a
+    prompt's first `prefix_chars` characters until it has `slack` requests more than the
     least loaded one. Replicas are added above `target_ongoing_requests` each. `num_cpus` and `num_gpus` are what Ray
     reserves for a replica."""
 
@@ -33,6 +34,7 @@ class FleetSettings(BaseModel):
     num_doors: Annotated[int, Field(ge=1, le=100)] = 1
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    routing: Literal["prefix", "load"] = "prefix"
     prefix_chars: Annotated[int, Field(ge=0, le=2**20)] = 256
     slack: Annotated[int, Field(ge=0)] = 8
     lease_s: Annotated[float, Field(ge=1, le=300)] = 10.0
