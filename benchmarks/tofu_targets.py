@@ -20,7 +20,14 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from uld_serve.data.documents import Document, read_documents
 from uld_serve.errors import DataError, UldError
@@ -154,6 +161,9 @@ def _tune(base: Base, pairs: Sequence[Pair], args: argparse.Namespace) -> None:
         train_dataset=Pairs(pairs),
         data_collator=lambda batch: _collate(batch, pad=pad),
     )
+    # Both write the loss to standard output, which is for the one line.
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
     base.model.train()
     trainer.train()
     base.model.eval()
