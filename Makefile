@@ -4,11 +4,12 @@ BIN := .venv/bin
 READY := .venv/.ready
 CLIENTS := .venv/clients
 CLIENT_PINS := langchain-openai==1.7.3 litellm==1.106.2 llm==0.36
+RAY := .venv/ray
 JS_CLIENT_PIN := openai@6.30.1
 # Tests use local files only; a test that reaches for a model hub should fail here as it would offline.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-.PHONY: help setup demo test test-slow gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test
+.PHONY: help setup demo test test-slow ray-test gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test
 
 help:
 	@echo "make demo       one question, two answers, through a real server"
@@ -18,6 +19,7 @@ help:
 	@echo "make test-slow  the tests that take minutes; make gpu-test: those that need a CUDA device"
 	@echo "make gpu-sanitize  one pass of every kernel under compute-sanitizer, on a CUDA device"
 	@echo "make kernel-compile  lower every kernel variant to PTX for sm_80 and sm_90, without a GPU"
+	@echo "make ray-test  a fleet on a Ray cluster of two nodes on this machine"
 	@echo "make api-docs  docs/api.md from the OpenAPI document"
 	@echo "make clients-test  the OpenAI clients of other languages and libraries, against a real server"
 	@echo "make lint | types | format | clean"
@@ -56,6 +58,13 @@ clients-test: setup
 	  npm install --prefix $(CLIENTS)/js --no-audit --no-fund $(JS_CLIENT_PIN); \
 	else echo "npm is not installed: the JavaScript client is not tried" >&2; fi
 	$(PYTEST) -m slow -rs --timeout 600 tests/clients
+
+# Ray lets no cluster listen on 127.0.0.1 only, so this one has no other network. Its packages are none of ours.
+ray-test: setup
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,ray]'
+	HF_HUB_OFFLINE=1 unshare --map-root-user --net sh -c \
+	  'ip link set lo up && $(RAY)/bin/python -m pytest -m slow -rs --timeout 3600 tests/fleet'
 
 kernel-compile: setup
 	$(BIN)/python kernels/compile_check.py

@@ -49,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--address",
         default=LOCAL,
         metavar="HOST:PORT",
-        help="of a running Ray cluster, or 'auto' (default: a cluster of this machine alone, ended with the command)",
+        help="of a running Ray cluster, or 'auto' (default: a new one of this machine, ended with the command)",
     )
     for name, (unit, kind, what) in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=unit, help=what)

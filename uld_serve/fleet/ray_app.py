@@ -20,7 +20,7 @@ from uld_serve.fleet.replica import FleetPlan, Replica
 from uld_serve.fleet.settings import FleetSettings
 from uld_serve.server.faults import internal_error
 from uld_serve.server.key_sources import safe_keys
-from uld_serve.server.settings import ServerSettings, read_settings
+from uld_serve.server.settings import ServerSettings, checked, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +86,11 @@ class DoorDeployment:
         return internal_error()
 
 
-def build(args: FleetSettings) -> serve.Application:
-    """From a Serve config file's `args`. Its HTTP options are not seen here, so there must be keys. Raises UldError."""
-    plan = plan_of(args, read_settings(args.config) if args.config is not None else ServerSettings())
+def build(args: dict[str, object]) -> serve.Application:
+    """From a Serve config file's `args`, which are FleetSettings. Its HTTP options are not seen here, so there must be
+    keys. Raises UldError."""
+    fleet = checked(FleetSettings, args, source="the application's args")
+    plan = plan_of(fleet, read_settings(fleet.config) if fleet.config is not None else ServerSettings())
     if plan.keys.is_open:
         raise InvalidRequest(
             "a fleet from a Serve config needs keys: add [[keys]] to server.toml, or set ULD_SERVE_API_KEY"

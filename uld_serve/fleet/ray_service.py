@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import ray
 from ray import serve
-from ray.cluster_utils import Cluster
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 
@@ -17,34 +16,20 @@ from uld_serve.fleet.ray_app import APPLICATION, application_of
 from uld_serve.fleet.ray_ledger import NAMESPACE, close_ledger
 from uld_serve.fleet.replica import FleetPlan
 
-LOOPBACK = "127.0.0.1"
-
 
 @contextmanager
-def cluster(address: str | None, *, num_nodes: int = 1, num_cpus: int | None = None) -> Iterator[None]:
-    """A cluster of this machine alone, which nobody else can reach, or the one at `address`. `num_nodes` and the
-    `num_cpus` of each (default: this machine's) are of the first kind."""
+def cluster(address: str | None) -> Iterator[None]:
+    """The cluster at `address`, or a new one of this machine alone. Ray lets no cluster listen on 127.0.0.1 only: its
+    own ports are open to whoever reaches this machine and has the cluster's token (in ~/.ray, made by Ray)."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers of every cluster
-    with ExitStack() as until:
-        if address is None:
-            address = until.enter_context(_local(num_nodes, num_cpus or os.cpu_count() or 1))
+    if address is None:
+        ray.init(namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
+    else:
         ray.init(address, namespace=NAMESPACE, log_to_driver=False)
-        until.callback(ray.shutdown)
-        yield
-
-
-@contextmanager
-def _local(num_nodes: int, num_cpus: int) -> Iterator[str]:
-    """Its address. `ray.init` and `ray start` replace 127.0.0.1 with an address that others can reach, and listen
-    there; a cluster that is made with it listens on it alone."""
-    node = {"node_ip_address": LOOPBACK, "num_cpus": num_cpus, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=node)
     try:
-        for _ in range(num_nodes - 1):
-            made.add_node(node_ip_address=LOOPBACK, num_cpus=num_cpus)
-        yield made.address
+        yield
     finally:
-        made.shutdown()
+        ray.shutdown()
 
 
 @contextmanager
