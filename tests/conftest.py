@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
+import results_log
 import torch
 from kept_profiles import Kept, write_kept
 from oracle import Oracle
@@ -14,6 +15,13 @@ from tiny_base import RULES, Tiny, write_base, write_tiny_profile
 from uld_serve.config import EngineSettings
 from uld_serve.engine.engine import Engine
 from uld_serve.model.loading import load_base
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    results_log.note(item, report)
+    return report
 
 
 @pytest.fixture(autouse=True, scope="session")

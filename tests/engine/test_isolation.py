@@ -131,3 +131,34 @@ def test_an_error_while_taking_in_a_token_ends_its_request_alone(
         "bad": "error",
         "good": "length",
     }
+
+
+def test_a_request_whose_text_cannot_be_made_ends_alone_also_at_its_last_token(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    engine = make_engine()
+    for name in ("bad", "good"):
+        engine.add(name, [1, 2, 3], greedy(3), Decision.base())
+    engine.step()
+    engine.sequences[
+        "bad"
+    ].detokenizer._text = None  # neither a token nor what was held back can be read any more
+    assert {name: delta.finish_reason for name, delta in finish(engine).items()} == {
+        "bad": "error",
+        "good": "length",
+    }
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3])
+def test_held_back_text_that_cannot_be_given_out_ends_its_request_alone(
+    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+) -> None:
+    engine = make_engine()
+    for name in ("bad", "good"):
+        engine.add(name, [1, 2, 3], greedy(max_tokens), Decision.base())
+    detokenizer = engine.sequences["bad"].detokenizer
+    monkeypatch.setattr(type(detokenizer), "flush", lambda self: 1 / (self is not detokenizer) and "")
+    assert {name: delta.finish_reason for name, delta in finish(engine).items()} == {
+        "bad": "error",
+        "good": "length",
+    }

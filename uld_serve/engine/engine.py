@@ -259,7 +259,9 @@ class Engine:
         outcome: Outcome | None = None,
         error: UldError | None = None,
     ) -> Delta:
-        """The one end of a request: gives everything back and makes its last delta."""
+        """The one end of a request: gives everything back and makes its last delta. Text that was held back is for
+        requests that end as they should; what fails in giving it out fails before anything is given back."""
+        held_back = sequence.detokenizer.flush() if reason in ("stop", "length") else ""
         del self.sequences[sequence.request_id]
         self.scheduler.remove(
             sequence, is_suspect=reason not in ("stop", "length"), has_failed=reason == "error"
@@ -267,7 +269,7 @@ class Engine:
         self.planner.release(sequence.plan)
         return Delta(
             request_id=sequence.request_id,
-            text=text + sequence.detokenizer.flush(),
+            text=text + held_back,
             token_ids=() if outcome is None else (outcome.token_id,),
             logprobs=None if outcome is None or outcome.logprob is None else (outcome.logprob,),
             prompt_logprobs=_prompt_logprobs(sequence, after=outcome),
