@@ -19,7 +19,7 @@ MAX_LINES = 400
 # wherever it lives; `llm` is llm.py with assembly.py; errors, config and the version may be imported by all.
 ALLOWED = {
     "cli": {"server", "training", "evaluation", "bench", "llm", "engine", "model", "profiles", "data"},
-    "server": {"llm", "engine", "model", "profiles"},
+    "server": {"llm", "engine", "model", "profiles", "data"},
     "evaluation": {"llm", "engine", "profiles", "data"},
     "bench": {"server", "llm", "engine", "model", "profiles", "uld_kernels"},
     "llm": {"engine", "model", "profiles"},

@@ -30,18 +30,20 @@ def assemble(
     model: str | None = None,
     *,
     profiles: Sequence[Path] | None = None,
+    more_profiles: Sequence[Path] = (),
     dtype: DType = "auto",
     device: str = "auto",
     settings: EngineSettings | None = None,
     weights: Weights = "stored",
 ) -> Assembly:
-    """Load a base (None: the embedded one) and its profiles (None: the built-in ones, for the embedded base).
+    """Load a base (None: the embedded one) and its profiles (None: the built-in ones, for the embedded base), and
+    `more_profiles` beside them.
 
     Each profile is verified from its files, checked against the base and replayed; separate models that profiles name
     are loaded too. Raises ModelUnsupported or ProfileError.
     """
     roots = profiles if profiles is not None else ([BUILTIN] if model is None else [])
-    registry = Registry.load_all(roots)
+    registry = Registry.load_all([*roots, *more_profiles])
     base = load_base(model, dtype=dtype, device=device, weights=weights)
     engine = Engine.of(base, settings)
     facts = facts_of(base)

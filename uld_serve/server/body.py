@@ -1,4 +1,4 @@
-"""Reads a request's body under a size and a time limit and checks its media type. Called by admission.
+"""Reads a request's body under a size and a time limit and checks its media type. Called by admission and by uploads.
 Knows no JSON and no field."""
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ class BodyTimeout(InvalidRequest):
 async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
     """The whole body. 415 unless it is plain JSON, 413 above max_bytes, 408 when it does not arrive in time."""
     _require_json(request)
+    return await read_bytes(request, max_bytes=max_bytes, timeout_s=timeout_s)
+
+
+async def read_bytes(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
+    """The same of any media type; whoever calls has looked at it."""
+    _require_plain(request)
     _require_announced_size(request, max_bytes)
     chunks: list[bytes] = []
     size = 0
@@ -47,6 +53,9 @@ def _require_json(request: Request) -> None:
         "charset=utf8",
     ):
         raise UnsupportedMediaType("the only charset is UTF-8")
+
+
+def _require_plain(request: Request) -> None:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("compressed bodies are not accepted")
 

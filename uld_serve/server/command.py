@@ -7,7 +7,7 @@ import argparse
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from uld_serve.config import EngineConfig
 from uld_serve.errors import InvalidRequest
 from uld_serve.server import logs
 from uld_serve.server.catalog import Catalog
-from uld_serve.server.keys import KeyRing, sha256_of
+from uld_serve.server.fine_tuning.premises import Premises
+from uld_serve.server.keys import ADMIN_KEY_VARIABLE, KEY_VARIABLE, KeyRing, sha256_of
 from uld_serve.server.listener import Listener, bound_socket, is_loopback
 from uld_serve.server.policy import KeyPolicy
 from uld_serve.server.reload import Reloader
@@ -29,8 +30,6 @@ from uld_serve.server.serving import Serving, catalog_from, telemetry_of
 from uld_serve.server.settings import ServerSettings, check_profiles_exist, checked_settings, read_settings
 from uld_serve.server.telemetry import Telemetry
 
-KEY_VARIABLE = "ULD_SERVE_API_KEY"
-ADMIN_KEY_VARIABLE = "ULD_SERVE_ADMIN_KEY"
 MIN_KEY_CHARS = 16
 ENGINE_SIZES = {
     "max_model_len": ("TOKENS", "longest prompt and answer together"),
@@ -99,8 +98,9 @@ def run(args: argparse.Namespace) -> int:
         admin_sock = None
         if settings.admin.port is not None:
             admin_sock = bound.enter_context(bound_socket(settings.admin.host, settings.admin.port))
+        premises = None if settings.fine_tuning is None else Premises.open(settings.fine_tuning)
         with console.status("loading the model and its profiles"):
-            assembly = _assemble(settings)
+            assembly = _assemble(settings, [] if premises is None else premises.live)
             check_profiles_exist(settings.keys, assembly.registry)
         catalog = catalog_from(assembly, settings, keys)
         serving = Serving(
@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
             catalog=catalog,
             telemetry=telemetry,
             admin_sock=admin_sock,
+            premises=premises,
             reloader=_reloader(args, settings, telemetry),
         )
         addresses = {"ready": _url(settings.host, sock) + "/v1"}
@@ -163,7 +164,13 @@ def key_ring(settings: ServerSettings, environment: Mapping[str, str]) -> KeyRin
     policies = {bytes.fromhex(key.sha256): key.policy for key in settings.keys}
     for policy in (
         KeyPolicy(name=KEY_VARIABLE, allow_base=True, logprobs=True),
-        KeyPolicy(name=ADMIN_KEY_VARIABLE, allowed=frozenset(), is_admin=True, may_read_metrics=True),
+        KeyPolicy(
+            name=ADMIN_KEY_VARIABLE,
+            allowed=frozenset(),
+            is_admin=True,
+            may_read_metrics=True,
+            may_fine_tune=True,
+        ),
     ):
         key = environment.get(policy.name)
         if key is not None:
@@ -203,10 +210,11 @@ def require_safe_address(host: str, keys: KeyRing) -> None:
         )
 
 
-def _assemble(settings: ServerSettings) -> Assembly:
+def _assemble(settings: ServerSettings, made: Sequence[Path]) -> Assembly:
     return assemble(
         settings.model,
         profiles=settings.profiles,
+        more_profiles=made,
         dtype=settings.dtype,
         device=settings.device,
         settings=settings.engine,

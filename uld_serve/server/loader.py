@@ -63,7 +63,8 @@ class Change:
 
 @dataclass(slots=True, eq=False)
 class Loader:
-    """`policies` are the keys' as they are when asked: what they must apply is not unloaded."""
+    """`policies` are the keys' as they are when asked: what they must apply is not unloaded. `record` is told what a
+    name is about to mean, None for nothing; if it raises, everything stays as it was."""
 
     registry: Registry
     roots: tuple[Path, ...]
@@ -71,6 +72,7 @@ class Loader:
     leases: Leases
     in_flight: InFlight
     policies: Callable[[], Iterable[KeyPolicy]]
+    record: Callable[[str, ProfileVersion | None], None] = lambda _name, _version: None
     _locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     _releases: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -88,6 +90,7 @@ class Loader:
             if before is not None and before.digest == version.digest:
                 return Change(before, before, self.leases.count(before.digest))
             await self._admit(version)
+            self.record(name, version)
             self.registry.replace(version)
         if before is None:
             return Change(None, version)
@@ -102,6 +105,7 @@ class Loader:
         """
         async with self._locks[name]:
             self._require_unneeded(name)
+            self.record(name, None)
             version = self.registry.remove(name)
             num_leases, num_ended = self.leases.count(version.digest), 0
             error = ProfileError(f"profile '{name}' was unloaded; nothing is answered without it")
