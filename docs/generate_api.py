@@ -37,9 +37,9 @@ STATUSES = {
     403: "This key may not do that, for instance ask the base, or for log-probabilities.",
     404: "No such route, model or profile.",
     408: "The body did not arrive in time.",
-    409: "The profile's files cannot be used.",
+    409: "The profile's files cannot be used; or a job, a file or a name is not free for this.",
     413: "The body is too large.",
-    415: "The body is not plain JSON in UTF-8.",
+    415: "The body is not plain JSON in UTF-8, or not a form where a file is uploaded.",
     429: "The queue or the key's share is full; `Retry-After` says when to come back.",
     500: "The server failed; `numerical_error` and `nothing_kept` mean that no token could be drawn under the profile.",
     503: "The engine is stopping or down.",
@@ -73,27 +73,33 @@ def _operation(title: str, operation: Json, schemas: Json) -> Iterator[str]:
     yield f"## {title}\n"
     yield f"{operation['description']}\n"
     if "requestBody" in operation:
-        body = operation["requestBody"]["content"]["application/json"]
+        [body] = operation["requestBody"]["content"].values()
+        shape = body["schema"]
         yield "| Field | Type | Default | |\n|---|---|---|---|"
-        yield from _fields(schemas[_name(body["schema"])], schemas)
+        yield from _fields(schemas[_name(shape)] if "$ref" in shape else shape, schemas, seen=set())
         yield ""
-        for what, example in body["examples"].items():
+        for what, example in body.get("examples", {}).items():
             yield f"Request: {what}.\n\n{_block(example['value'])}"
     content = operation["responses"]["200"]["content"]
-    yield f"Answer:\n\n{_block(content['application/json']['example'])}"
+    if "application/json" in content:
+        yield f"Answer:\n\n{_block(content['application/json']['example'])}"
+    else:
+        [(media, answer)] = content.items()
+        yield f"Answer, as `{media}`:\n\n```\n{answer['example'].strip()}\n```\n"
     if "text/event-stream" in content:
         yield f"Streamed:\n\n```\n{content['text/event-stream']['example'].strip()}\n```\n"
 
 
-def _fields(schema: Json, schemas: Json, prefix: str = "") -> Iterator[str]:
-    """Rows of a table; those of objects inside follow their own."""
+def _fields(schema: Json, schemas: Json, prefix: str = "", *, seen: set[str]) -> Iterator[str]:
+    """Rows of a table; those of objects inside follow their own, where such an object is first named."""
     required = schema.get("required", ())
     for name, shape in schema["properties"].items():
         default = "required" if name in required else _default(shape)
         yield f"| `{prefix}{name}` | {_type(shape, schemas)} | {default} | {shape['description']} |"
         for one in [shape, *shape.get("anyOf", ())]:
-            if "$ref" in one and name not in ("messages",):
-                yield from _fields(schemas[_name(one)], schemas, f"{prefix}{name}.")
+            if "$ref" in one and name not in ("messages",) and _name(one) not in seen:
+                yield from _fields(schemas[_name(one)], schemas, f"{prefix}{name}.", seen=seen | {_name(one)})
+                seen.add(_name(one))
 
 
 def _default(shape: Json) -> str:

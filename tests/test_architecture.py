@@ -31,7 +31,7 @@ ALLOWED = {
         "data",
     },
     "fleet": {"server", "llm", "engine", "model", "profiles"},
-    "server": {"llm", "engine", "model", "profiles"},
+    "server": {"llm", "engine", "model", "profiles", "data"},
     "evaluation": {"llm", "engine", "profiles", "data"},
     "bench": {"server", "llm", "engine", "model", "profiles", "uld_kernels"},
     "llm": {"engine", "model", "profiles"},

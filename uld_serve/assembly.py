@@ -30,20 +30,22 @@ def assemble(
     model: str | None = None,
     *,
     profiles: Sequence[Path] | None = None,
+    more_profiles: Sequence[Path] = (),
     dtype: DType = "auto",
     device: str = "auto",
     settings: EngineSettings | None = None,
     weights: Weights = "stored",
     registry: Registry | None = None,
 ) -> Assembly:
-    """Load a base (None: the embedded one) and its profiles (None: the built-in ones, for the embedded base).
+    """Load a base (None: the embedded one) and its profiles (None: the built-in ones, for the embedded base), and
+    `more_profiles` beside them.
 
     Each profile is verified from its files, checked against the base and replayed; separate models that profiles name
     are loaded too. With a `registry` its versions are served and no others, whatever lies in the roots. Raises
     ModelUnsupported or ProfileError.
     """
     roots = profile_roots(model, profiles)
-    registry = Registry.load_all(roots) if registry is None else registry
+    registry = Registry.load_all([*roots, *more_profiles]) if registry is None else registry
     base = load_base(model, dtype=dtype, device=device, weights=weights)
     engine = Engine.of(base, settings)
     facts = facts_of(base)

@@ -30,7 +30,7 @@ def start_server() -> Iterator[Callable[..., LiveServer]]:
         engine = catalog.pop("engine", None)
         rest = {
             name: catalog.pop(name)
-            for name in ("telemetry", "host", "roots", "unload_wait_s")
+            for name in ("telemetry", "host", "roots", "unload_wait_s", "fine_tuning", "runner")
             if name in catalog
         }
         started.append(LiveServer.start(make_catalog(**catalog), engine, **rest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from uld_serve.server.admin import Desk, create_admin_app
 from uld_serve.server.admission import Backend
 from uld_serve.server.app import create_app
 from uld_serve.server.catalog import Catalog
+from uld_serve.server.fine_tuning.foreman import Runner
+from uld_serve.server.fine_tuning.order import BaseChoice
+from uld_serve.server.fine_tuning.premises import Premises
+from uld_serve.server.fine_tuning.settings import FineTuningSettings
+from uld_serve.server.fine_tuning.workshop import Workshop
 from uld_serve.server.keys import KeyRing, sha256_of
 from uld_serve.server.listener import Beside, Listener, bound_socket
 from uld_serve.server.loader import Host, Loader
@@ -67,24 +73,43 @@ class LiveServer:
         host: Host | None = None,
         roots: tuple[Path, ...] = (),
         unload_wait_s: float = 10.0,
+        fine_tuning: FineTuningSettings | None = None,
+        runner: Runner | None = None,
     ) -> LiveServer:
-        """With a `host` there is an admin listener, which takes profiles from `roots`."""
+        """With a `host` there is an admin listener, which takes profiles from `roots`; with `fine_tuning` too, profiles
+        are made on request, by `runner`."""
         engine = engine or FakeEngine()
         backend = Backend(engine, telemetry=telemetry or Telemetry())
         sock = bound_socket("127.0.0.1", 0)
         port = sock.getsockname()[1]
         is_ready = threading.Event()
-        app, beside, loader, admin_port = create_app(catalog, backend), None, None, None
-        apps = [app]
+        beside, loader, admin_port, workshop = None, None, None, None
+        apps: list[FastAPI] = []
+
+        def policies() -> Iterable[KeyPolicy]:
+            return apps[0].state.catalog.keys.policies.values()
+
         if host is not None:
             loader = Loader(
-                catalog.registry,
-                roots,
-                host,
-                backend.leases,
-                backend.in_flight,
-                policies=lambda: app.state.catalog.keys.policies.values(),
+                catalog.registry, roots, host, backend.leases, backend.in_flight, policies=policies
             )
+        if fine_tuning is not None:
+            assert loader is not None
+            premises = Premises.open(fine_tuning)
+            loader.roots, loader.record = (*roots, premises.profiles), premises.record
+            workshop = Workshop.of(
+                fine_tuning,
+                premises,
+                base=BaseChoice(model=None, dtype="float32", device="cpu"),
+                loader=loader,
+                policies=policies,
+                telemetry=backend.telemetry,
+                is_draining=lambda: backend.is_draining,
+                runner=runner,
+            )
+        app = create_app(catalog, backend, workshop)
+        apps.append(app)
+        if loader is not None:
             admin_sock = bound_socket("127.0.0.1", 0)
             admin_port = admin_sock.getsockname()[1]
             apps.append(create_admin_app(catalog, Desk(backend, loader, unload_wait_s)))

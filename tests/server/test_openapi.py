@@ -57,6 +57,10 @@ def test_example_requests_are_taken(key: str) -> None:
 def test_example_answers_are_whole_and_of_the_shape(key: str) -> None:
     shape = ROUTES[key].response_model
     example = EXAMPLES[key]
+    if example.media != "application/json":
+        assert shape is None
+        assert isinstance(example.answer, str)
+        return
     assert shape.model_validate(example.answer).model_dump(exclude_unset=True) == example.answer
     for event in example.events:
         assert CHUNKS[shape].model_validate(event).model_dump(exclude_unset=True) == event
@@ -70,7 +74,7 @@ def test_document_shows_the_examples() -> None:
     for key, operation in operations():
         example = EXAMPLES[key]
         answer = operation["responses"]["200"]["content"]
-        assert answer["application/json"]["example"] == example.answer
+        assert answer[example.media]["example"] == example.answer
         assert ("text/event-stream" in answer) == bool(example.events)
         if example.requests is not None:
             shown = operation["requestBody"]["content"]["application/json"]["examples"]

@@ -19,11 +19,12 @@ import uld_serve.server
 from uld_serve.server.admission import Admit, Backend, Parse, pulse_of
 from uld_serve.server.app import create_app
 from uld_serve.server.catalog import catalog_of, policy_of
+from uld_serve.server.door import Enter, Receive
 
-# The only callables that may see the raw request, and through it the application's state. Admit resolves; Parse and
-# the others hand out nothing that generates.
+# The only callables that may see the raw request, and through it the application's state. Admit resolves; Parse, the
+# door to files and jobs and the others hand out nothing that generates.
 TRUSTED_FUNCTIONS = {catalog_of, policy_of, pulse_of}
-TRUSTED_CLASSES = (Admit, Parse)
+TRUSTED_CLASSES = (Admit, Parse, Enter, Receive)
 GENERATING = {"/v1/completions", "/v1/chat/completions"}
 
 
@@ -104,7 +105,7 @@ def test_the_walk_sees_a_way_around(app: FastAPI, kind: str) -> None:
 def test_only_admission_touches_the_backend_and_only_policy_makes_decisions() -> None:
     folder = Path(uld_serve.server.__file__).parent
     users: dict[str, set[str]] = {"backend": set(), "stream": set(), "Decision": set()}
-    for file in folder.glob("*.py"):
+    for file in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Attribute):
                 continue
@@ -125,7 +126,11 @@ def test_only_admission_touches_the_backend_and_only_policy_makes_decisions() ->
 def test_openapi_shows_bodies_and_answers(app: FastAPI) -> None:
     document = app.openapi()
     posts = {path: item["post"] for path, item in document["paths"].items() if "post" in item}
-    assert set(posts) == {*GENERATING, "/v1/tokenize", "/v1/detokenize"}
+    jobs = "/v1/fine_tuning/jobs"
+    cancel, upload = posts.pop(f"{jobs}/{{job_id}}/cancel"), posts.pop("/v1/files")
+    assert "requestBody" not in cancel
+    assert upload["requestBody"]["content"]["multipart/form-data"]["schema"]["additionalProperties"] is False
+    assert set(posts) == {*GENERATING, "/v1/tokenize", "/v1/detokenize", jobs}
     schemas = document["components"]["schemas"]
     for operation in posts.values():
         name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[-1]

@@ -36,6 +36,7 @@ VARIANTS = {
     "perturbed_answers": "perturbed",
 }
 FORMS = {"question": "answer", "prompt": "completion", "messages": None, "text": None}
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 HELP = 'expected {"question", "answer"}, {"prompt", "completion"}, {"messages"} or {"text"}'
 
 
@@ -182,9 +183,15 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text") from error
+    yield from parse_lines(lines, name=f"{path.name}:")
+
+
+def parse_lines(lines: Sequence[str], *, name: str) -> Iterator[Document]:
+    """JSONL's documents; `name` and a line's number say where one stands. Raises DataError, in words that do not quote
+    the line."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield _document(_row(line, f"{path.name}:{number}"), f"{path.name}:{number}")
+            yield _document(_row(line, f"{name}{number}"), f"{name}{number}")
 
 
 def _row(line: str, where: str) -> dict[str, object]:
@@ -192,9 +199,25 @@ def _row(line: str, where: str) -> dict[str, object]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where} is not JSON that can be read: nested too deep, or a number too long"
+        ) from error
     if not isinstance(row, dict):
         raise DataError(f"{where} is not a JSON object; {HELP}")
+    if _SURROGATE.search(line) and not _is_encodable(row):
+        raise DataError(
+            f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which no tokenizer takes"
+        )
     return row
+
+
+def _is_encodable(row: Mapping[str, object]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _document(row: Mapping[str, object], where: str) -> Document:

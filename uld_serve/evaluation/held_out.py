@@ -76,9 +76,9 @@ class Item:
     answer: str | None
 
 
-def items(model: Model, documents: Sequence[Document], *, kind: str) -> list[Item]:
+def items(model: Model, documents: Sequence[Document], *, kind: str, at_least: int = MIN_ITEMS) -> list[Item]:
     """Those that have a token to score, in order; the base answers greedily where the data does not. Raises DataError
-    where fewer than two are left; `kind` ("forget", "retain") names them."""
+    where fewer than `at_least` are left; `kind` ("forget", "retain") names them."""
     found = [_given(model.tokenizer, document) for document in documents]
     unanswered = [
         number
@@ -90,8 +90,8 @@ def items(model: Model, documents: Sequence[Document], *, kind: str) -> list[Ite
     for number, one in zip(unanswered, said, strict=True):
         found[number] = Item(found[number].prompt_ids, list(one.token_ids), one.text)
     usable = [item for item in found if item.prompt_ids and item.answer_ids]
-    if len(usable) < MIN_ITEMS:
-        raise DataError(f"--{kind}: {len(usable)} prompts with an answer; at least {MIN_ITEMS} are needed")
+    if len(usable) < at_least:
+        raise DataError(f"--{kind}: {len(usable)} prompts with an answer; at least {at_least} are needed")
     return usable
 
 

@@ -231,7 +231,7 @@ def _questions(llm: LLM, documents: Mapping[str, Sequence[Document]], keywords: 
     from uld_serve.evaluation.verify import Questions
 
     words = [] if keywords is None else [line.strip() for line in keywords.read_text("utf-8").splitlines()]
-    forget, retain = (items(llm, documents[side], kind=side) for side in ("forget", "retain"))
+    forget, retain = (items(llm, documents[side], kind=side, at_least=1) for side in ("forget", "retain"))
     return Questions(forget, retain, tuple(word for word in words if word))
 
 

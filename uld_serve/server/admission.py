@@ -44,7 +44,7 @@ from uld_serve.server.protocol import (
     ModelRequest,
 )
 from uld_serve.server.telemetry import Telemetry
-from uld_serve.server.validation import check_request
+from uld_serve.server.validation import Neutral, check_request
 from uld_serve.server.watch import Facts
 
 HEADER = "X-Forget-Profile"
@@ -85,14 +85,18 @@ def pulse_of(request: Request) -> Pulse:
 
 
 class Parse(Generic[ModelT]):
-    """Dependency: the checked body of a route that does not generate. Authenticates first."""
+    """Dependency: the checked body of a route that does not generate. Authenticates first. `refused`: what OpenAI's API
+    takes there and this server does not (validation.check_request)."""
 
-    def __init__(self, model: type[ModelT]) -> None:
+    def __init__(
+        self, model: type[ModelT], *, refused: Mapping[str, tuple[str, Neutral]] | None = None
+    ) -> None:
         self.model = model
+        self.refused = REFUSED.get(model, {}) if refused is None else refused
 
     async def __call__(self, request: Request) -> ModelT:
         policy_of(request)
-        parsed = await _parsed(request, self.model)
+        parsed = await _parsed(request, self.model, self.refused)
         catalog_of(request).profiles_of_model(parsed.model)
         return parsed
 
@@ -182,7 +186,7 @@ class Admit(Generic[RequestT]):
     async def __call__(self, request: Request) -> Admitted[RequestT]:
         policy, catalog, backend = policy_of(request), catalog_of(request), _backend_of(request)
         _require_open(backend)
-        parsed = await _parsed(request, self.model)
+        parsed = await _parsed(request, self.model, REFUSED.get(self.model, {}))
         _require_open(backend)  # a body may take its time
         selection = _selection(parsed, catalog, request)
         require_logprobs_allowed(policy, parsed.logprob_fields)
@@ -223,13 +227,15 @@ def _require_open(backend: Backend) -> None:
         raise EngineStopped(BEHIND)
 
 
-async def _parsed(request: Request, model: type[ModelT]) -> ModelT:
+async def _parsed(
+    request: Request, model: type[ModelT], refused: Mapping[str, tuple[str, Neutral]]
+) -> ModelT:
     if request.url.query:
         # A ?forget_profile=... that nobody reads must not look as if it had worked.
         raise InvalidRequest("this route takes no query parameters; put the fields into the body")
     limits = catalog_of(request).limits
     body = await read_body(request, max_bytes=limits.body_bytes, timeout_s=limits.read_timeout_s)
-    return check_request(model, parse_object(body), refused=REFUSED.get(model, {}))
+    return check_request(model, parse_object(body), refused=refused)
 
 
 def _selection(parsed: ForgetRequest, catalog: Catalog, request: Request) -> Selection:

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 from fastapi import FastAPI
 
 from uld_serve import __version__
-from uld_serve.server import chat, completions, faults, models, status, tokens
+from uld_serve.server import chat, completions, faults, files, fine_tuning_jobs, models, status, tokens
 from uld_serve.server.admission import Backend
 from uld_serve.server.catalog import Catalog
 from uld_serve.server.edge import Edge
+from uld_serve.server.fine_tuning.workshop import Workshop
 from uld_serve.server.openapi import document
 from uld_serve.server.responses import ErrorResponse
 
@@ -22,17 +23,18 @@ ERRORS: dict[int | str, dict[str, object]] = {
 }
 
 
-ROUTES = (completions, chat, tokens, models, status)
+ROUTES = (completions, chat, tokens, models, files, fine_tuning_jobs, status)
 
 
-def create_app(catalog: Catalog, backend: Backend) -> FastAPI:
-    """The whole API over one engine, which starts and stops with the application."""
+def create_app(catalog: Catalog, backend: Backend, workshop: Workshop | None = None) -> FastAPI:
+    """The whole API over one engine, which starts and stops with the application, as the workshop does."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         backend.engine.start()
         try:
-            yield
+            async with nullcontext() if workshop is None else workshop.open():
+                yield
         finally:
             await asyncio.to_thread(backend.engine.stop)
 
@@ -48,6 +50,7 @@ def create_app(catalog: Catalog, backend: Backend) -> FastAPI:
     )
     app.state.catalog = catalog
     app.state.backend = backend
+    app.state.workshop = workshop
     app.add_middleware(Edge, metrics=backend.telemetry.metrics)
     backend.telemetry.metrics.watch_engine(lambda: backend.engine.load)
     backend.telemetry.metrics.watch_profiles(catalog.registry.names, lambda: backend.leases.total)

@@ -1,4 +1,4 @@
-"""Reads a request's body under a size and a time limit and checks its media type. Called by admission.
+"""Reads a request's body under a size and a time limit and checks its media type. Called by admission and by uploads.
 Knows no JSON and no field."""
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> by
 
 
 async def read_bytes(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
-    """The whole body, of whatever type. 413 and 408 as above."""
+    """The same of any media type; whoever calls has looked at it."""
+    _require_plain(request)
     _require_announced_size(request, max_bytes)
     chunks: list[bytes] = []
     size = 0
@@ -52,6 +53,9 @@ def _require_json(request: Request) -> None:
         "charset=utf8",
     ):
         raise UnsupportedMediaType("the only charset is UTF-8")
+
+
+def _require_plain(request: Request) -> None:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("compressed bodies are not accepted")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from uld_serve.assembly import Assembly, assemble
 from uld_serve.config import EngineConfig
 from uld_serve.server import logs
 from uld_serve.server.catalog import Catalog
+from uld_serve.server.fine_tuning.premises import Premises
 from uld_serve.server.key_sources import safe_keys
 from uld_serve.server.listener import Listener, bound_socket
 from uld_serve.server.reload import Reloader
@@ -92,8 +93,9 @@ def run(args: argparse.Namespace) -> int:
         admin_sock = None
         if settings.admin.port is not None:
             admin_sock = bound.enter_context(bound_socket(settings.admin.host, settings.admin.port))
+        premises = None if settings.fine_tuning is None else Premises.open(settings.fine_tuning)
         with console.status("loading the model and its profiles"):
-            assembly = _assemble(settings)
+            assembly = _assemble(settings, [] if premises is None else premises.live)
             check_profiles_exist(settings.keys, assembly.registry)
         catalog = catalog_from(assembly, settings, keys)
         serving = Serving(
@@ -102,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
             catalog=catalog,
             telemetry=telemetry,
             admin_sock=admin_sock,
+            premises=premises,
             reloader=_reloader(args, settings, telemetry),
         )
         addresses = {"ready": _url(settings.host, sock) + "/v1"}
@@ -149,10 +152,11 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
     return checked_settings(settings.model_dump(exclude_unset=True) | given, source="command line")
 
 
-def _assemble(settings: ServerSettings) -> Assembly:
+def _assemble(settings: ServerSettings, made: Sequence[Path]) -> Assembly:
     return assemble(
         settings.model,
         profiles=settings.profiles,
+        more_profiles=made,
         dtype=settings.dtype,
         device=settings.device,
         settings=settings.engine,

@@ -3,12 +3,11 @@ models that parse and write them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pydantic import JsonValue
 
-MODEL = "smollm2-135m-instruct"
-DIGEST = "sha256:5f2b9c0e7d41a86bb3d3f0c6a1e94d2787f1c05be6294a3d8f70e1b2c4a59d63"
+from uld_serve.server.example import CREATED, DIGEST, MODEL, Example
+from uld_serve.server.fine_tuning.examples import FINE_TUNING
+
 FORGET: JsonValue = {
     "profiles": [
         {"name": "harry-potter", "digest": DIGEST, "rule": "relu_difference", "strength": 4.0},
@@ -16,7 +15,6 @@ FORGET: JsonValue = {
     "engine": "0.1.0",
 }
 USAGE: JsonValue = {"prompt_tokens": 37, "completion_tokens": 9, "total_tokens": 46}
-CREATED = 1790000000
 BASE_CARD: JsonValue = {
     "id": MODEL,
     "object": "model",
@@ -38,15 +36,6 @@ SCHEMA: JsonValue = {
     "required": ["city", "people"],
     "additionalProperties": False,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """`requests` by what they show. `events` are the data lines of a streamed answer."""
-
-    answer: JsonValue
-    requests: dict[str, JsonValue] | None = None
-    events: tuple[JsonValue, ...] = ()
 
 
 def _chat_event(delta: JsonValue, finish: str | None, **more: JsonValue) -> JsonValue:
@@ -173,6 +162,7 @@ EXAMPLES: dict[str, Example] = {
             "key": {"allow_base": True, "logprobs": True},
         }
     ),
+    **FINE_TUNING,
     "GET /health": Example(answer={"status": "ok"}),
     "GET /ready": Example(answer={"status": "ready"}),
     "GET /version": Example(answer={"version": "0.1.0"}),

@@ -3,6 +3,7 @@ a description of its own fails a test. Bounds and defaults are the models' and a
 
 from __future__ import annotations
 
+METHODS = ("margin", "uld", "rkld", "rkld-distill", "undial", "divergence", "offset", "ga", "npo")
 FIELD_NOTES: dict[str, str] = {
     "prompt": "Text, a list of texts, token ids, or a list of such lists.",
     "messages": "The conversation. `content` is text or a list of text parts; the model's chat template joins them.",
@@ -38,4 +39,31 @@ FIELD_NOTES: dict[str, str] = {
     "schema": "At most 32,768 characters and 2,000 values; $ref only within it.",
     "strict": "true or false, the schema is always enforced.",
     "tokens": "Token ids.",
+    "method": "How it is trained, with hyperparameters under the method's own name; left out: margin.",
+    **dict.fromkeys(METHODS, "Of this method, if `type` names it."),
+    "hyperparameters": "Those of `uld-serve train` (docs/methods.md); one that is left out has the method's default.",
+    "metadata": "At most 16 texts, given back with the job.",
+    "n_epochs": "Passes over what is to be forgotten, in place of `steps`.",
+    "batch_size": "Forget examples a step.",
+    "learning_rate_multiplier": "Give `lr`.",
+    "preset": "A paper's numbers.",
+    "keywords": "Words that an answer must not name; with them the probes ask for answers and look for these.",
+    "steps": "Optimiser steps.",
+    "lr": "Highest learning rate.",
+    "rank": "LoRA rank.",
+    "fork": "Layer at which the assistant enters.",
+    "exit": "Layer after which it leaves.",
+    "retain_batch": "Retain examples a step.",
+    "retain_weight": "Weight of the retain term.",
+    "retain_term": "KL to the target, NLL of the answers, or none. Not with margin, uld, rkld, divergence.",
+    "max_answer_tokens": "Longest answer learnt from.",
+    "warmup_steps": "Steps until the learning rate is reached.",
+    "save_steps": "Steps between checkpoints, from which a broken-off job goes on.",
+    "strength": "Of the profile's rule.",
+    "filter": "The rule's filter.",
+    "tau": "The filter's threshold.",
+    "goal": "margin: how far a - b shall rise on what is forgotten.",
+    "adjust": "undial: by how much the true token's logit is lowered.",
+    "npo_beta": "npo, offset: beta.",
+    "start": "uld: where it begins to learn from.",
 }

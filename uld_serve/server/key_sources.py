@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from uld_serve.errors import InvalidRequest
-from uld_serve.server.keys import KeyRing, sha256_of
+from uld_serve.server.keys import ADMIN_KEY_VARIABLE, KEY_VARIABLE, KeyRing, sha256_of
 from uld_serve.server.listener import is_loopback
 from uld_serve.server.policy import KeyPolicy
 from uld_serve.server.settings import ServerSettings
 
-KEY_VARIABLE = "ULD_SERVE_API_KEY"
-ADMIN_KEY_VARIABLE = "ULD_SERVE_ADMIN_KEY"
 MIN_KEY_CHARS = 16
 
 
@@ -25,7 +23,13 @@ def key_ring(settings: ServerSettings, environment: Mapping[str, str]) -> KeyRin
     policies = {bytes.fromhex(key.sha256): key.policy for key in settings.keys}
     for policy in (
         KeyPolicy(name=KEY_VARIABLE, allow_base=True, logprobs=True),
-        KeyPolicy(name=ADMIN_KEY_VARIABLE, allowed=frozenset(), is_admin=True, may_read_metrics=True),
+        KeyPolicy(
+            name=ADMIN_KEY_VARIABLE,
+            allowed=frozenset(),
+            is_admin=True,
+            may_read_metrics=True,
+            may_fine_tune=True,
+        ),
     ):
         key = environment.get(policy.name)
         if key is not None:

@@ -13,6 +13,9 @@ from starlette.requests import Request
 from uld_serve.errors import Unauthenticated
 from uld_serve.server.policy import DEVELOPMENT, KeyPolicy
 
+KEY_VARIABLE = "ULD_SERVE_API_KEY"
+ADMIN_KEY_VARIABLE = "ULD_SERVE_ADMIN_KEY"
+
 
 def sha256_of(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()

@@ -58,6 +58,12 @@ def _add_policy(new: argparse.ArgumentParser) -> None:
     new.add_argument("--max-concurrency", type=int, metavar="N", help="most requests at once")
     new.add_argument("--admin", action="store_true", default=None, help="for the admin listener")
     new.add_argument("--metrics", action="store_true", default=None, help="may read /metrics there")
+    new.add_argument(
+        "--fine-tune",
+        action="store_true",
+        default=None,
+        help="may upload files and have profiles made of them",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,6 +84,7 @@ def _new(args: argparse.Namespace) -> int:
         "max_concurrency": args.max_concurrency,
         "admin": args.admin,
         "metrics": args.metrics,
+        "fine_tune": args.fine_tune,
     }
     stated = {field: value for field, value in given.items() if value is not None}
     path = add_key(args.config, checked(KeySettings, stated, source="command line"))
@@ -115,6 +122,7 @@ def _shown(key: KeySettings) -> dict[str, object]:
         "max_concurrency": policy.max_concurrency,
         "admin": policy.is_admin,
         "metrics": policy.may_read_metrics,
+        "fine_tune": policy.may_fine_tune,
     }
 
 

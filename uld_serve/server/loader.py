@@ -63,7 +63,8 @@ class Change:
 
 @dataclass(slots=True, eq=False)
 class Loader:
-    """`policies` are the keys' as they are when asked: what they must apply is not unloaded."""
+    """`policies` are the keys' as they are when asked: what they must apply is not unloaded. `record` is told what a
+    name is about to mean, None for nothing; if it raises, everything stays as it was."""
 
     registry: Registry
     roots: tuple[Path, ...]
@@ -71,6 +72,7 @@ class Loader:
     leases: Leases
     in_flight: InFlight
     policies: Callable[[], Iterable[KeyPolicy]]
+    record: Callable[[str, ProfileVersion | None], None] = lambda _name, _version: None
     _locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     _releases: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -86,6 +88,7 @@ class Loader:
             if before is not None and before.digest == version.digest:
                 return Change(before, before, self.leases.count(before.digest))
             await self.admit(version)
+            self.record(name, version)
             self.put(version)
         return Change(before, version, 0 if before is None else self.leases.count(before.digest))
 
@@ -98,6 +101,7 @@ class Loader:
         async with self._locks[name]:
             self.registry.get(name)
             require_unneeded(name, self.policies())
+            self.record(name, None)
             version = self.registry.remove(name)
             num_leases = self.leases.count(version.digest)
             num_ended = await self.free(version, wait_s=wait_s)

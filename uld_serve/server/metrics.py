@@ -33,6 +33,7 @@ class Metrics:
         self.requests = self._counter("requests", "requests that ended", "outcome")
         self.http_responses = self._counter("http_responses", "answers of both listeners", "status")
         self.audit_failures = self._counter("audit_failures", "audit lines that could not be written")
+        self.jobs = self._counter("fine_tuning_jobs", "jobs that ended", "status")
         self.first_token_s = self._histogram(
             "time_to_first_token_seconds", "admission to first token", SECONDS
         )

@@ -12,7 +12,9 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, JsonValue
 
 from uld_serve.server.admission import HEADER, Admit, Parse
-from uld_serve.server.examples import ERROR_EXAMPLE, EXAMPLES, Example
+from uld_serve.server.door import Enter, Receive
+from uld_serve.server.example import Example
+from uld_serve.server.examples import ERROR_EXAMPLE, EXAMPLES
 from uld_serve.server.field_notes import FIELD_NOTES
 
 _REF = "#/components/schemas/{model}"
@@ -54,6 +56,7 @@ def _reader(route: APIRoute) -> Admit | Parse | None:  # type: ignore[type-arg]
 
 def _describe(operation: Json, route: APIRoute, method: str) -> Json:
     """Completes one operation; the schemas that its body needs."""
+    _describe_door(operation, route)
     example = EXAMPLES.get(example_key(route, method))
     if not route.path_format.startswith(_OPEN):
         operation["security"] = [{"key": []}]
@@ -77,6 +80,37 @@ def _describe(operation: Json, route: APIRoute, method: str) -> Json:
         body["examples"] = {what: {"value": value} for what, value in example.requests.items()}
     operation["requestBody"] = {"required": True, "content": {"application/json": body}}
     return _schemas(reader.model)
+
+
+def _describe_door(operation: Json, route: APIRoute) -> None:
+    """What the query may say, and the form of an upload."""
+    for dependency in route.dependant.dependencies:
+        if isinstance(dependency.call, Enter) and dependency.call.query:
+            parameters = cast("list[JsonValue]", operation.setdefault("parameters", []))
+            parameters += [
+                {"name": name, "in": "query", "required": False, "schema": {"type": "string"}}
+                for name in dependency.call.query
+            ]
+        if isinstance(dependency.call, Receive):
+            operation["requestBody"] = {
+                "required": True,
+                "content": {"multipart/form-data": {"schema": _FORM}},
+            }
+
+
+_FORM: Json = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {
+            "type": "string",
+            "format": "binary",
+            "description": 'JSON lines: {"question", "answer"}, {"prompt", "completion"}, {"messages"} or {"text"}.',
+        },
+        "purpose": {"type": "string", "enum": ["fine-tune"], "description": "What it is for."},
+    },
+    "additionalProperties": False,
+}
 
 
 def _stream(example: Example) -> str:

@@ -44,6 +44,7 @@ class KeyPolicy:
     cache_salt: str = ""
     is_admin: bool = False
     may_read_metrics: bool = False
+    may_fine_tune: bool = False
 
     def may_see(self, name: str) -> bool:
         return self.allowed == "*" or name in self.allowed or name in self.mandatory or name in self.default
@@ -56,7 +57,12 @@ class KeyPolicy:
 
 # No keys configured: whoever reaches the loopback interface may do everything.
 DEVELOPMENT = KeyPolicy(
-    name="development", allow_base=True, logprobs=True, is_admin=True, may_read_metrics=True
+    name="development",
+    allow_base=True,
+    logprobs=True,
+    is_admin=True,
+    may_read_metrics=True,
+    may_fine_tune=True,
 )
 
 

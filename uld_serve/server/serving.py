@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -17,9 +17,13 @@ from uld_serve.server.admission import Backend
 from uld_serve.server.app import create_app
 from uld_serve.server.audit import AuditLog
 from uld_serve.server.catalog import Catalog
+from uld_serve.server.fine_tuning.order import BaseChoice
+from uld_serve.server.fine_tuning.premises import Premises
+from uld_serve.server.fine_tuning.workshop import Workshop
 from uld_serve.server.keys import KeyRing
 from uld_serve.server.listener import Beside, Listener
 from uld_serve.server.loader import EngineHost, Loader
+from uld_serve.server.policy import KeyPolicy
 from uld_serve.server.reload import Reloader
 from uld_serve.server.settings import ServerSettings
 from uld_serve.server.telemetry import Telemetry
@@ -48,21 +52,31 @@ def catalog_from(assembly: Assembly, settings: ServerSettings, keys: KeyRing) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """`reloader`: what SIGHUP does, if there is a file to read again; `admin_sock`: the operators' address, bound."""
+    """`reloader`: what SIGHUP does, if there is a file to read again; `admin_sock`: the operators' address, bound;
+    `premises`: where profiles are made on request, if they are."""
 
     assembly: Assembly
     settings: ServerSettings
     catalog: Catalog
     telemetry: Telemetry
     admin_sock: socket.socket | None
+    premises: Premises | None
     reloader: Reloader | None
 
     def listener(self, *, on_ready: Callable[[], None]) -> Listener:
         backend = Backend(AsyncEngine(self.assembly.engine), telemetry=self.telemetry)
-        apps = [create_app(self.catalog, backend)]
+        apps: list[FastAPI] = []
+
+        def policies() -> Iterable[KeyPolicy]:
+            keys: KeyRing = apps[0].state.catalog.keys
+            return keys.policies.values()
+
+        loader = self._loader(backend, policies)
+        apps.append(create_app(self.catalog, backend, self._workshop(backend, loader, policies)))
         beside = None
         if self.admin_sock is not None:
-            apps.append(create_admin_app(self.catalog, self._desk(backend, apps[0])))
+            desk = Desk(backend, loader, self.settings.admin.unload_wait_s)
+            apps.append(create_admin_app(self.catalog, desk))
             beside = Beside(apps[-1], self.settings.limits, self.admin_sock)
         listener = Listener(
             apps[0],
@@ -78,13 +92,37 @@ class Serving:
         assert self.reloader is not None
         self.reloader.reload(apps, listener)
 
-    def _desk(self, backend: Backend, app: FastAPI) -> Desk:
+    def _loader(self, backend: Backend, policies: Callable[[], Iterable[KeyPolicy]]) -> Loader:
+        premises = self.premises
         loader = Loader(
             registry=self.catalog.registry,
-            roots=self.assembly.roots,
+            roots=(*self.assembly.roots, *(() if premises is None else (premises.profiles,))),
             host=EngineHost(backend.engine, self.assembly.base),
             leases=backend.leases,
             in_flight=backend.in_flight,
-            policies=lambda: app.state.catalog.keys.policies.values(),
+            policies=policies,
         )
-        return Desk(backend, loader, self.settings.admin.unload_wait_s)
+        if premises is not None:
+            loader.record = premises.record
+        return loader
+
+    def _workshop(
+        self, backend: Backend, loader: Loader, policies: Callable[[], Iterable[KeyPolicy]]
+    ) -> Workshop | None:
+        settings = self.settings.fine_tuning
+        if settings is None or self.premises is None:
+            return None
+        base = BaseChoice(
+            model=self.settings.model,
+            dtype=self.settings.dtype,
+            device=settings.device or self.settings.device,
+        )
+        return Workshop.of(
+            settings,
+            self.premises,
+            base=base,
+            loader=loader,
+            policies=policies,
+            telemetry=self.telemetry,
+            is_draining=lambda: backend.is_draining,
+        )

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from uld_serve.config import EngineSettings, HeadUse
 from uld_serve.errors import InvalidRequest, ProfileError
+from uld_serve.server.fine_tuning.settings import FineTuningSettings
 from uld_serve.server.policy import KeyPolicy, Profiles
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -74,7 +75,8 @@ class LogSettings(BaseModel):
 
 class KeySettings(BaseModel):
     """One [[keys]] entry. What is left out is refused, except that any profile may be asked for: forgetting more
-    is always allowed. `admin` keys work on the admin listener; `metrics` keys read /metrics there and nothing else."""
+    is always allowed. `admin` keys work on the admin listener; `metrics` keys read /metrics there and nothing else;
+    `fine_tune` keys make profiles on request."""
 
     model_config = _FROZEN
 
@@ -88,13 +90,17 @@ class KeySettings(BaseModel):
     max_concurrency: Annotated[int | None, Field(ge=1)] = None
     admin: bool = False
     metrics: bool = False
+    fine_tune: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.mandatory and self.allow_base:
             raise ValueError("a key with mandatory profiles cannot have allow_base")
+        if self.mandatory and self.fine_tune:
+            # It could train one that brings back what the others take, and ask for both.
+            raise ValueError("a key with mandatory profiles cannot have fine_tune")
         can_ask = self.mandatory or self.allow_base or self.allowed or self.default
-        if not (can_ask or self.admin or self.metrics):
+        if not (can_ask or self.admin or self.metrics or self.fine_tune):
             raise ValueError("this key could never be answered: give it a profile or allow_base")
         return self
 
@@ -111,6 +117,7 @@ class KeySettings(BaseModel):
             max_concurrency=self.max_concurrency,
             is_admin=self.admin,
             may_read_metrics=self.admin or self.metrics,
+            may_fine_tune=self.admin or self.fine_tune,
         )
 
 
@@ -137,6 +144,7 @@ class ServerSettings(BaseModel):
     audit_log: Path | None = None
     audit: AuditSettings = AuditSettings()
     admin: AdminSettings = AdminSettings()
+    fine_tuning: FineTuningSettings | None = None
     log: LogSettings = LogSettings()
     tracing: bool = False
     limits: Limits = Limits()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from uld_serve.server.audit import AuditLog, AuditUnavailable
+from uld_serve.server.audit import AuditLog, AuditUnavailable, Value
 from uld_serve.server.metrics import Metrics
 from uld_serve.server.tracing import Tracing
 from uld_serve.server.watch import Facts, Watch
@@ -18,22 +18,27 @@ class Telemetry:
     audit: AuditLog | None = None
     tracing: Tracing | None = None
 
+    def record(self, event: str, **fields: Value) -> None:
+        """What was done beside answering. Raises AuditUnavailable: then it may not be done."""
+        if self.audit is None:
+            return
+        try:
+            self.audit.write(event, **fields)
+        except AuditUnavailable:
+            self.metrics.audit_failures.inc()
+            raise
+
     def begin(self, facts: Facts, headers: Mapping[str, str]) -> Watch:
         """`headers` may carry a caller's trace. Raises AuditUnavailable: then nothing may be generated."""
-        if self.audit is not None:
-            try:
-                self.audit.write(
-                    "admitted",
-                    id=facts.request_id,
-                    route=facts.route,
-                    key=facts.key,
-                    user=facts.user,
-                    model=facts.model,
-                    decided=facts.decided,
-                    prompt_tokens=facts.prompt_tokens,
-                )
-            except AuditUnavailable:
-                self.metrics.audit_failures.inc()
-                raise
+        self.record(
+            "admitted",
+            id=facts.request_id,
+            route=facts.route,
+            key=facts.key,
+            user=facts.user,
+            model=facts.model,
+            decided=facts.decided,
+            prompt_tokens=facts.prompt_tokens,
+        )
         span = None if self.tracing is None else self.tracing.request(facts.route, facts.request_id, headers)
         return Watch(facts, self.metrics, self.audit, span)

@@ -1,0 +1,1 @@
+"""Forgetting on request: uploaded files, training jobs and their processes, in OpenAI's shape. Knows no tensor."""
