@@ -4,11 +4,12 @@ BIN := .venv/bin
 READY := .venv/.ready
 CLIENTS := .venv/clients
 CLIENT_PINS := langchain-openai==1.7.3 litellm==1.106.2 llm==0.36
+BROWSER_PIN := playwright==1.65.2
 JS_CLIENT_PIN := openai@6.30.1
 # Tests use local files only; a test that reaches for a model hub should fail here as it would offline.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-.PHONY: help setup demo test test-slow gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test
+.PHONY: help setup demo test test-slow gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test page-test
 
 help:
 	@echo "make demo       one question, two answers, through a real server"
@@ -20,6 +21,7 @@ help:
 	@echo "make kernel-compile  lower every kernel variant to PTX for sm_80 and sm_90, without a GPU"
 	@echo "make api-docs  docs/api.md from the OpenAPI document"
 	@echo "make clients-test  the OpenAI clients of other languages and libraries, against a real server"
+	@echo "make page-test  the playground in headless Chromium, which must be installed"
 	@echo "make lint | types | format | clean"
 
 setup: $(READY)
@@ -56,6 +58,11 @@ clients-test: setup
 	  npm install --prefix $(CLIENTS)/js --no-audit --no-fund $(JS_CLIENT_PIN); \
 	else echo "npm is not installed: the JavaScript client is not tried" >&2; fi
 	$(PYTEST) -m slow -rs --timeout 600 tests/clients
+
+# Chromium is the system's (apt install chromium), or the one that ULD_CHROMIUM names. Without it the tests say so.
+page-test: setup
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(BROWSER_PIN)
+	$(PYTEST) -m browser -rs tests/server
 
 kernel-compile: setup
 	$(BIN)/python kernels/compile_check.py

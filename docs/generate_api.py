@@ -21,7 +21,7 @@ Made from the server's OpenAPI document, which it serves at `/openapi.json`, by 
 OpenAI's conventions hold wherever they exist, so any OpenAI client works. A field is honoured or refused by its name
 with 400, never ignored; an unknown one is refused, because a misspelt `forget_profile` must not mean "forget nothing".
 
-**Keys.** `Authorization: Bearer KEY`, once the operator has set keys. `/health`, `/ready` and `/version` need none.
+**Keys.** `Authorization: Bearer KEY`, once there are keys; `/`, `/health`, `/ready` and `/version` need none.
 
 **What to forget** is said in one of three ways, and two that disagree are refused: the model's name (`base:profile`),
 the field `forget_profile`, or the header `X-Forget-Profile`. What the operator has made mandatory is added to it.
@@ -80,6 +80,9 @@ def _operation(title: str, operation: Json, schemas: Json) -> Iterator[str]:
         for what, example in body["examples"].items():
             yield f"Request: {what}.\n\n{_block(example['value'])}"
     content = operation["responses"]["200"]["content"]
+    if "application/json" not in content:
+        yield f"Answer: {', '.join(content)}.\n"
+        return
     yield f"Answer:\n\n{_block(content['application/json']['example'])}"
     if "text/event-stream" in content:
         yield f"Streamed:\n\n```\n{content['text/event-stream']['example'].strip()}\n```\n"

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from uld_serve import __version__
-from uld_serve.server import chat, completions, faults, models, status, tokens
+from uld_serve.server import chat, completions, faults, models, page, status, tokens
 from uld_serve.server.admission import Backend
 from uld_serve.server.catalog import Catalog
 from uld_serve.server.edge import Edge
@@ -22,11 +22,11 @@ ERRORS: dict[int | str, dict[str, object]] = {
 }
 
 
-ROUTES = (completions, chat, tokens, models, status)
+ROUTES = (completions, chat, tokens, models, status, page)
 
 
-def create_app(catalog: Catalog, backend: Backend) -> FastAPI:
-    """The whole API over one engine, which starts and stops with the application."""
+def create_app(catalog: Catalog, backend: Backend, *, playground: bool = True) -> FastAPI:
+    """The whole API over one engine, which starts and stops with the application, and the page that tries it out."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -53,6 +53,7 @@ def create_app(catalog: Catalog, backend: Backend) -> FastAPI:
     backend.telemetry.metrics.watch_profiles(catalog.registry.names, lambda: backend.leases.total)
     faults.install(app)
     for module in ROUTES:
-        module.add_routes(app)
+        if playground or module is not page:
+            module.add_routes(app)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app

@@ -42,7 +42,8 @@ SCHEMA: JsonValue = {
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """`requests` by what they show. `events` are the data lines of a streamed answer."""
+    """`answer` is JSON, or the beginning of a page. `requests` by what they show. `events` are the data lines of
+    a streamed answer."""
 
     answer: JsonValue
     requests: dict[str, JsonValue] | None = None
@@ -176,6 +177,7 @@ EXAMPLES: dict[str, Example] = {
     "GET /health": Example(answer={"status": "ok"}),
     "GET /ready": Example(answer={"status": "ready"}),
     "GET /version": Example(answer={"version": "0.1.0"}),
+    "GET /": Example(answer="<!doctype html>…"),
 }
 
 ERROR_EXAMPLE: JsonValue = {

@@ -59,7 +59,7 @@ class Serving:
 
     def listener(self, *, on_ready: Callable[[], None]) -> Listener:
         backend = Backend(AsyncEngine(self.assembly.engine), telemetry=self.telemetry)
-        apps = [create_app(self.catalog, backend)]
+        apps = [create_app(self.catalog, backend, playground=self.settings.playground)]
         beside = None
         if self.admin_sock is not None:
             apps.append(create_admin_app(self.catalog, self._desk(backend, apps[0])))

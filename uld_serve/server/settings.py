@@ -139,6 +139,7 @@ class ServerSettings(BaseModel):
     admin: AdminSettings = AdminSettings()
     log: LogSettings = LogSettings()
     tracing: bool = False
+    playground: bool = True
     limits: Limits = Limits()
     cache: CacheSettings = CacheSettings()
     keys_file: Path | None = None
