@@ -5,11 +5,12 @@ READY := .venv/.ready
 CLIENTS := .venv/clients
 CLIENT_PINS := langchain-openai==1.7.3 litellm==1.106.2 llm==0.36
 RAY := .venv/ray
+BROWSER_PIN := playwright==1.65.2
 JS_CLIENT_PIN := openai@6.30.1
 # Tests use local files only; a test that reaches for a model hub should fail here as it would offline.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-.PHONY: help setup demo test test-slow ray-test gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test
+.PHONY: help setup demo test test-slow ray-test gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test page-test
 
 help:
 	@echo "make demo       one question, two answers, through a real server"
@@ -22,6 +23,7 @@ help:
 	@echo "make ray-test  a fleet on a Ray cluster of two nodes on this machine"
 	@echo "make api-docs  docs/api.md from the OpenAPI document"
 	@echo "make clients-test  the OpenAI clients of other languages and libraries, against a real server"
+	@echo "make page-test  the playground in headless Chromium, which must be installed"
 	@echo "make lint | types | format | clean"
 
 setup: $(READY)
@@ -65,6 +67,11 @@ ray-test: setup
 	$(RAY)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,ray]'
 	HF_HUB_OFFLINE=1 unshare --map-root-user --net sh -c \
 	  'ip link set lo up && $(RAY)/bin/python -m pytest -m slow -rs --timeout 3600 tests/fleet'
+
+# Chromium is the system's (apt install chromium), or the one that ULD_CHROMIUM names. Without it the tests say so.
+page-test: setup
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(BROWSER_PIN)
+	$(PYTEST) -m browser -rs tests/server
 
 kernel-compile: setup
 	$(BIN)/python kernels/compile_check.py

@@ -21,7 +21,7 @@ Made from the server's OpenAPI document, which it serves at `/openapi.json`, by 
 OpenAI's conventions hold wherever they exist, so any OpenAI client works. A field is honoured or refused by its name
 with 400, never ignored; an unknown one is refused, because a misspelt `forget_profile` must not mean "forget nothing".
 
-**Keys.** `Authorization: Bearer KEY`, once the operator has set keys. `/health`, `/ready` and `/version` need none.
+**Keys.** `Authorization: Bearer KEY`, once there are keys; `/`, `/health`, `/ready` and `/version` need none.
 
 **What to forget** is said in one of three ways, and two that disagree are refused: the model's name (`base:profile`),
 the field `forget_profile`, or the header `X-Forget-Profile`. What the operator has made mandatory is added to it.

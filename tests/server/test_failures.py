@@ -16,6 +16,7 @@ from live_server import MODEL, LiveServer, wait_until
 
 from uld_serve.engine.request import Receipt, ReceiptEntry
 from uld_serve.errors import EngineStopped, NumericalError, Overloaded, PromptTooLong, UldError
+from uld_serve.server.sse import LAST_WORDS_S
 
 ROUTES = {
     "/v1/completions": {"model": MODEL, "prompt": "Hi"},
@@ -83,6 +84,21 @@ def test_failing_stream_sends_the_error_and_breaks_off(server: LiveServer, path:
     last = text.strip().split("\n\n")[-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "numerical_error"
     assert "[DONE]" not in text
+
+
+def test_error_event_is_there_to_be_read_before_the_connection_breaks(server: LiveServer) -> None:
+    """Or browsers throw it away with the connection."""
+    server.engine.fail_after = (2, NAN)
+    came = 0.0
+    body = ROUTES["/v1/completions"] | {"stream": True}
+    try:
+        with server.http.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+            for line in response.iter_lines():
+                came = time.monotonic() if '"error"' in line else came
+    except httpx.RemoteProtocolError:
+        assert time.monotonic() - came >= LAST_WORDS_S / 2
+        return
+    raise AssertionError("the stream ended cleanly")
 
 
 @pytest.mark.parametrize("how", ["crash_after", "vanish_after"])

@@ -69,7 +69,7 @@ class Replica:
         telemetry = telemetry_of(settings)
         catalog = catalog_from(assembly, settings, self.plan.keys)
         self._backend = Backend(AsyncEngine(assembly.engine), telemetry=telemetry)
-        self._app = create_app(catalog, self._backend)
+        self._app = create_app(catalog, self._backend, playground=settings.playground)
         await self._until_stop.enter_async_context(self._app.router.lifespan_context(self._app))
         member = Member(
             self.name,

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, nullcontext
 from fastapi import FastAPI
 
 from uld_serve import __version__
-from uld_serve.server import chat, completions, faults, files, fine_tuning_jobs, models, status, tokens
+from uld_serve.server import chat, completions, faults, files, fine_tuning_jobs, models, page, status, tokens
 from uld_serve.server.admission import Backend
 from uld_serve.server.catalog import Catalog
 from uld_serve.server.edge import Edge
@@ -23,11 +23,14 @@ ERRORS: dict[int | str, dict[str, object]] = {
 }
 
 
-ROUTES = (completions, chat, tokens, models, files, fine_tuning_jobs, status)
+ROUTES = (completions, chat, tokens, models, files, fine_tuning_jobs, status, page)
 
 
-def create_app(catalog: Catalog, backend: Backend, workshop: Workshop | None = None) -> FastAPI:
-    """The whole API over one engine, which starts and stops with the application, as the workshop does."""
+def create_app(
+    catalog: Catalog, backend: Backend, workshop: Workshop | None = None, *, playground: bool = True
+) -> FastAPI:
+    """The whole API over one engine, which starts and stops with the application, as the workshop does, and the page
+    that tries it out."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -56,6 +59,7 @@ def create_app(catalog: Catalog, backend: Backend, workshop: Workshop | None = N
     backend.telemetry.metrics.watch_profiles(catalog.registry.names, lambda: backend.leases.total)
     faults.install(app)
     for module in ROUTES:
-        module.add_routes(app)
+        if playground or module is not page:
+            module.add_routes(app)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app

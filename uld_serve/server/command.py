@@ -46,7 +46,7 @@ ENGINE_SIZES = {
         "room that samplers of recorded steps share, GPU only (default: for the most requests, two profiles each)",
     ),
 }
-OVERRIDES = ("model", "profiles", "host", "port", "dtype", "device", *ENGINE_SIZES, "audit_log")
+OVERRIDES = ("model", "profiles", "host", "port", "dtype", "device", *ENGINE_SIZES, "audit_log", "playground")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -72,6 +72,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--audit-log", type=Path, metavar="FILE", help="append JSON lines on who asked for what"
+    )
+    parser.add_argument(
+        "--playground", action=argparse.BooleanOptionalAction, help="the page at / (default: it is there)"
     )
     parser.add_argument(
         "--admin-port", type=int, metavar="PORT", help="the operators' listener, on 127.0.0.1"

@@ -166,6 +166,7 @@ EXAMPLES: dict[str, Example] = {
     "GET /health": Example(answer={"status": "ok"}),
     "GET /ready": Example(answer={"status": "ready"}),
     "GET /version": Example(answer={"version": "0.1.0"}),
+    "GET /": Example(answer="<!doctype html>…", media="text/html"),
 }
 
 ERROR_EXAMPLE: JsonValue = {

@@ -30,7 +30,7 @@ FIELD_NOTES: dict[str, str] = {
     "log-probabilities. They are of the scores after forgetting, before temperature; -9999.0: a removed token.",
     "top_logprobs": "How many likeliest tokens to list at each position; needs logprobs.",
     "prompt_logprobs": "Log-probabilities of the prompt's tokens, under what is forgotten, with so many alternatives.",
-    "return_token_ids": "Also the ids of the prompt's tokens and of those drawn; streamed, the prompt's come first.",
+    "return_token_ids": "Also the ids of the prompt's tokens and of those drawn; if streamed, the prompt's come first.",
     "echo": "Put the prompt before the answer; with logprobs its tokens are scored too, under what is forgotten.",
     "response_format": "`json_object`, or `json_schema` with a JSON Schema (draft 2020-12), which the answer keeps to "
     "token by token, before anything is filtered or drawn. What cannot be enforced is refused. The model is not shown "

@@ -18,7 +18,7 @@ from uld_serve.server.examples import ERROR_EXAMPLE, EXAMPLES
 from uld_serve.server.field_notes import FIELD_NOTES
 
 _REF = "#/components/schemas/{model}"
-_OPEN = ("/health", "/ready", "/version")
+_OPEN = ("/", "/health", "/ready", "/version")
 Json = dict[str, JsonValue]
 
 
@@ -29,7 +29,7 @@ def document(app: FastAPI) -> dict[str, object]:
         components = made["components"]
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for route in app.routes:
-            if isinstance(route, APIRoute):
+            if isinstance(route, APIRoute) and route.include_in_schema:
                 for method in sorted(route.methods or ()):
                     operation = made["paths"][route.path_format][method.lower()]
                     components["schemas"].update(_describe(operation, route, method))
@@ -58,7 +58,7 @@ def _describe(operation: Json, route: APIRoute, method: str) -> Json:
     """Completes one operation; the schemas that its body needs."""
     _describe_door(operation, route)
     example = EXAMPLES.get(example_key(route, method))
-    if not route.path_format.startswith(_OPEN):
+    if route.path_format not in _OPEN:
         operation["security"] = [{"key": []}]
     answers = cast("dict[str, Json]", operation["responses"])
     for status, answer in answers.items():

@@ -72,7 +72,8 @@ class Serving:
             return keys.policies.values()
 
         loader = self._loader(backend, policies)
-        apps.append(create_app(self.catalog, backend, self._workshop(backend, loader, policies)))
+        workshop = self._workshop(backend, loader, policies)
+        apps.append(create_app(self.catalog, backend, workshop, playground=self.settings.playground))
         beside = None
         if self.admin_sock is not None:
             desk = Desk(backend, loader, self.settings.admin.unload_wait_s)

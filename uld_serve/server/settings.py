@@ -147,6 +147,7 @@ class ServerSettings(BaseModel):
     fine_tuning: FineTuningSettings | None = None
     log: LogSettings = LogSettings()
     tracing: bool = False
+    playground: bool = True
     limits: Limits = Limits()
     cache: CacheSettings = CacheSettings()
     keys_file: Path | None = None
