@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from tiny_base import Tiny
 
-from uld_serve.errors import NotFound, ProfileError, ProfileMismatch, UldError
+from uld_serve.errors import InvalidRequest, NotFound, ProfileError, ProfileMismatch, UldError
 from uld_serve.fleet.active_set import ActiveSet, Entry, first_set
 from uld_serve.fleet.forwarded import Forwarded
 from uld_serve.fleet.ledger import Ledger
 from uld_serve.fleet.replica import FleetPlan, Replica
 from uld_serve.fleet.settings import FleetSettings
+from uld_serve.server.fine_tuning.settings import FineTuningSettings
 from uld_serve.server.keys import KeyRing
 from uld_serve.server.settings import KeySettings, ServerSettings
 
@@ -136,6 +137,12 @@ def test_changed_bytes_in_an_active_folder_keep_a_replica_from_starting(plan: Fl
             await started(plan, active)
 
     run(work())
+
+
+def test_a_fleet_has_no_place_for_fine_tuning_jobs(plan: FleetPlan, tmp_path: Path) -> None:
+    settings = plan.settings.model_copy(update={"fine_tuning": FineTuningSettings(folder=tmp_path / "jobs")})
+    with pytest.raises(InvalidRequest, match="for one server"):
+        FleetPlan(settings, plan.keys, plan.fleet, plan.made_s)
 
 
 def test_a_key_whose_profile_is_not_active_keeps_a_replica_from_starting(plan: FleetPlan, root: Path) -> None:

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from uld_serve.assembly import Assembly, assemble, profile_roots
 from uld_serve.engine.async_engine import AsyncEngine
-from uld_serve.errors import EngineStopped, ProfileMismatch
+from uld_serve.errors import EngineStopped, InvalidRequest, ProfileMismatch
 from uld_serve.fleet.active_set import ActiveSet
 from uld_serve.fleet.door import Batches
 from uld_serve.fleet.forwarded import Forwarded, answer
@@ -40,6 +40,14 @@ class FleetPlan:
     keys: KeyRing
     fleet: FleetSettings
     made_s: float
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest for a setting that a fleet has no place for."""
+        if self.settings.fine_tuning is not None:
+            raise InvalidRequest(
+                "[fine_tuning] is for one server: its jobs lie in one folder and go live in one process. Leave it out of "
+                "the fleet's settings, make profiles on a server of their own, and load them through the admin listener"
+            )
 
     def settings_of(self, replica: str) -> ServerSettings:
         """With an audit log of its own: two processes that append to one and rotate it would lose lines."""
