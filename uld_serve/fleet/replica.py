@@ -45,8 +45,8 @@ class FleetPlan:
         """Raises InvalidRequest for a setting that a fleet has no place for."""
         if self.settings.fine_tuning is not None:
             raise InvalidRequest(
-                "[fine_tuning] is for one server: its jobs lie in one folder and go live in one process. Leave it out of "
-                "the fleet's settings, make profiles on a server of their own, and load them through the admin listener"
+                "[fine_tuning] is for one server: its jobs lie in one folder and go live in one process. Leave it out "
+                "of the fleet's settings, make profiles elsewhere, and load them through the admin listener"
             )
 
     def settings_of(self, replica: str) -> ServerSettings:
