@@ -37,7 +37,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 MODEL, NUM_TOKENS, NUM_CLIENTS = "tiny-llama", 24, 6
 RESULTS = "ULD_FLEET_RESULTS"
-START_S = 900.0
+START_S = 1500.0
+# Ray gives up on its own processes after seconds that a busy machine of two cores does not have.
+PATIENCE = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "600",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "600",
+    "RAY_worker_register_timeout_seconds": "900",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_health_check_failure_threshold": "20",
+}
 
 
 def ask(prompt: str, profile: str | None = "acme") -> dict[str, object]:
@@ -137,15 +145,20 @@ def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[ServerSe
         slack=8,
         start_s=START_S,
         prepare_s=START_S,
-        lease_s=30.0,
+        lease_s=60.0,
     )
     return settings, fleet
 
 
 @pytest.fixture(scope="module")
 def served(tiny: Tiny, made: tuple[ServerSettings, FleetSettings]) -> Iterator[Fleet]:
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+    from ray.serve._private import client
+
     from uld_serve.fleet import ray_app, ray_service
 
+    client.HTTP_PROXY_TIMEOUT = START_S
     settings, fleet = made
     folder = fleet.active_file.parent
     expected = {}

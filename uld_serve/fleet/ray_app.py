@@ -68,11 +68,14 @@ class DoorDeployment:
 
     async def _send_to(self, key: str, request: Forwarded) -> Batches:
         batches = self._replicas.options(stream=True, session_id=key).answer.remote(request)
+        is_over = False
         try:
             async for batch in batches:
                 yield batch
+            is_over = True
         finally:
-            batches.cancel()  # no harm to one that is over; else its replica hears that the client is gone
+            if not is_over:
+                batches.cancel()  # so that its replica hears that the client is gone
 
     def _error_of(self, error: Exception) -> UldError:
         if isinstance(error, BackPressureError):
