@@ -40,7 +40,8 @@ class Place:
         self.start()
 
     def start(self) -> None:
-        self.served: Served = start("--config", str(self.folder / "server.toml"))
+        config = str(self.folder / "server.toml")
+        self.served: Served = start("--config", config, timeout_s=PATIENCE_S)
 
     def kill(self) -> None:
         self.served.process.kill()

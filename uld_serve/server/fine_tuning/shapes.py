@@ -157,7 +157,7 @@ def _forget(job: Job) -> JobForget:
     return JobForget(
         profile=job.name,
         digest=job.digest,
-        previous=job.previous,
+        previous=job.previous if job.status is Status.SUCCEEDED else None,
         phase=None if job.phase is None or not job.is_active else job.phase.value,
         step=job.step,
         num_steps=job.num_steps,
