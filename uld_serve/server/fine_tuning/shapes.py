@@ -106,7 +106,7 @@ class EventList(Shape):
 def job_object(job: Job, *, model: str) -> JobObject:
     request = JobRequest.model_validate_json(job.request)
     asked = json.loads(job.request)
-    given = request.method.hyperparameters.given
+    given = request.how.hyperparameters.given
     failed = job.error_message is not None
     return JobObject(
         id=job.id,
@@ -123,7 +123,7 @@ def job_object(job: Job, *, model: str) -> JobObject:
         hyperparameters={
             name: given.get(name, "auto") for name in ("n_epochs", "batch_size", "learning_rate_multiplier")
         },
-        method=asked.get("method", {"type": request.method.type}),
+        method=asked.get("method") or {"type": request.how.type},
         seed=job.seed,
         metadata=request.metadata,
         trained_tokens=None,
