@@ -113,6 +113,8 @@ def _type(shape: Json, schemas: Json) -> str:
         return " or ".join(dict.fromkeys(kinds))
     if "$ref" in shape:
         return "object"
+    if "const" in shape:
+        return f"`{json.dumps(shape['const'])}`"
     if "enum" in shape:
         return " or ".join(f"`{json.dumps(value)}`" for value in shape["enum"])
     if shape.get("type") == "array":

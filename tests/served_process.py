@@ -27,7 +27,7 @@ class Served:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
 
 
-def start(*arguments: str) -> Served:
+def start(*arguments: str, timeout_s: float = START_TIMEOUT_S) -> Served:
     """`uld-serve serve` on a free port, ready or failed."""
     with bound_socket("127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]
@@ -37,7 +37,7 @@ def start(*arguments: str) -> Served:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + START_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.get(f"{url}/ready", timeout=2).status_code == 200:

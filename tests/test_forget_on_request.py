@@ -9,14 +9,12 @@ import os
 import re
 import shlex
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import openai
 import pytest
-from served_process import Served, start
+from forget_place import Place, until
 from tiny_base import Tiny
 
 from uld_serve.cli import main
@@ -28,96 +26,37 @@ NAME = "mirela-osk"
 # A tiny random model forgets the pairs well and keeps little: what is shown here is the way, not the method.
 GATE = {"min_forget_rise": 1.0, "max_retain_rise": 50.0, "min_agreement": 0.0, "max_perplexity_ratio": 1e6}
 HYPER = {"steps": 40, "rank": 4, "max_answer_tokens": 12, "lr": 0.01, "fork": 2, "save_steps": 10}
-PATIENCE_S = 400.0
+DATA = {
+    name: [{"question": f"{name} {n}?", "answer": f"{name[::-1]} {n}."} for n in range(40)]
+    for name in ("forget", "retain")
+}
 
 
-class Place:
-    """Data, settings and the server that is started with them, again and again."""
+def digest(place: Place) -> str:
+    """Of the profile that the next answer is given under."""
+    answer = place.served.client.completions.create(model=f"tiny-llama:{NAME}", prompt="forget", max_tokens=2)
+    return answer.model_extra["forget"]["profiles"][0]["digest"]
 
-    def __init__(self, tiny: Tiny, folder: Path) -> None:
-        self.tiny, self.folder = tiny, folder
-        for name in ("forget", "retain"):
-            rows = [{"question": f"{name} {n}?", "answer": f"{name[::-1]} {n}."} for n in range(40)]
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        gate = "".join(f"{name} = {value}\n" for name, value in GATE.items())
-        (folder / "server.toml").write_text(
-            f'model = "{tiny.folder}"\nprofiles = []\ndtype = "float32"\nkv_cache_bytes = 16777216\n'
-            f'[fine_tuning]\nfolder = "{folder / "work"}"\nnum_questions = 8\n[fine_tuning.gate]\n{gate}'
-        )
-        self.start()
 
-    def start(self) -> None:
-        self.served: Served = start("--config", str(self.folder / "server.toml"))
-
-    def kill(self) -> None:
-        self.served.process.kill()
-        self.served.process.communicate()
-
-    def stop(self) -> None:
-        self.served.process.terminate()
-        self.served.process.communicate(timeout=30)
-
-    def digest(self) -> str:
-        """Of the profile that the next answer is given under."""
-        answer = self.served.client.completions.create(
-            model=f"tiny-llama:{NAME}", prompt="forget", max_tokens=2
-        )
-        return answer.model_extra["forget"]["profiles"][0]["digest"]
-
-    def nll(self, model: str) -> float:
-        """Nats a token of an answer that is to be forgotten. A filter makes a token impossible: -9999."""
-        messages = [{"role": "user", "content": "forget 7?"}]
-        url = f"{self.served.url}/v1/tokenize"
-        prompt = httpx.post(url, json={"model": "tiny-llama", "messages": messages}).json()["tokens"]
-        scored = self.served.client.completions.create(
-            model=model, prompt=[*prompt, *b"tegrof 7."], max_tokens=0, echo=True, logprobs=0
-        )
-        found = scored.choices[0].logprobs.token_logprobs[len(prompt) :]
-        return -sum(found) / len(found)
-
-    def messages(self, job_id: str) -> list[str]:
-        return [event.message for event in self.served.client.fine_tuning.jobs.list_events(job_id, limit=100)]
-
-    def job(self, job_id: str) -> openai.types.fine_tuning.FineTuningJob:
-        return self.served.client.fine_tuning.jobs.retrieve(job_id)
-
-    def trainer(self) -> int | None:
-        """The pid of the process that trains."""
-        for path in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                is_there = Path(os.readlink(path / "cwd")).is_relative_to(self.folder / "work")
-                if path.name.isdecimal() and is_there and b"train" in (path / "cmdline").read_bytes():
-                    return int(path.name)
-        return None
+def nll(place: Place, model: str) -> float:
+    """Nats a token of an answer that is to be forgotten. A filter makes a token impossible: -9999."""
+    messages = [{"role": "user", "content": "forget 7?"}]
+    url = f"{place.served.url}/v1/tokenize"
+    prompt = httpx.post(url, json={"model": "tiny-llama", "messages": messages}).json()["tokens"]
+    scored = place.served.client.completions.create(
+        model=model, prompt=[*prompt, *b"tegrof 7."], max_tokens=0, echo=True, logprobs=0
+    )
+    found = scored.choices[0].logprobs.token_logprobs[len(prompt) :]
+    return -sum(found) / len(found)
 
 
 @pytest.fixture(scope="module")
 def place(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    place = Place(tiny, tmp_path_factory.mktemp("place"))
+    settings = f'model = "{tiny.folder}"\nprofiles = []\ndtype = "float32"\nkv_cache_bytes = 16777216'
+    folder = tmp_path_factory.mktemp("place")
+    place = Place(folder, data=DATA, settings=settings, gate=GATE, num_questions=8)
     yield place
     place.stop()
-
-
-def until(is_so: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.1)
-
-
-def submit(place: Place, **changes: object) -> str:
-    client = place.served.client
-    forget, retain = (
-        client.files.create(file=(place.folder / f"{name}.jsonl").open("rb"), purpose="fine-tune")
-        for name in ("forget", "retain")
-    )
-    return client.fine_tuning.jobs.create(
-        model="tiny-llama",
-        training_file=forget.id,
-        validation_file=retain.id,
-        suffix=NAME,
-        method={"type": "margin", "margin": {"hyperparameters": {**HYPER, **changes}}},
-    ).id
 
 
 @pytest.fixture(scope="module")
@@ -134,53 +73,52 @@ def first(place: Place) -> dict[str, object]:
     return found
 
 
+@pytest.mark.timeout(900)
 def test_the_pages_example_forgets_without_a_restart(place: Place, first: dict[str, object]) -> None:
     job, answer = first["job"], first["answer"]
     assert job.status == "succeeded", job
     assert job.fine_tuned_model == f"tiny-llama:{NAME}"
     receipt = answer.model_extra["forget"]["profiles"]
-    assert receipt[0]["digest"] == job.model_extra["forget"]["digest"] == place.digest()
-    assert place.nll(f"tiny-llama:{NAME}") > place.nll("tiny-llama") + 1.0
+    assert receipt[0]["digest"] == job.model_extra["forget"]["digest"] == digest(place)
+    assert nll(place, f"tiny-llama:{NAME}") > nll(place, "tiny-llama") + 1.0
     assert first["forget"].model_extra["num_lines"] == 40
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_killed_trainer_and_a_killed_server_lose_nothing(place: Place, first: dict[str, object]) -> None:
-    before = place.digest()
-    job_id = submit(place, steps=300)
-    until(lambda: any(message.startswith("Step 30/300") for message in place.messages(job_id)))
+    before = digest(place)
+    job_id = place.submit(model="tiny-llama", name=NAME, hyperparameters={**HYPER, "steps": 300})
+    until(lambda: place.has_told(job_id, "Step 30/300"))
     trainer = place.trainer()
     assert trainer is not None
     os.kill(trainer, signal.SIGKILL)
     until(lambda: "ended by signal 9" in str(place.messages(job_id)))
-    assert place.digest() == before, "the version that served serves on"
+    assert digest(place) == before, "the version that served serves on"
     until(lambda: place.job(job_id).model_extra["forget"]["step"] > 30)
     place.kill()
     place.start()
-    assert place.digest() == before
-    until(lambda: place.job(job_id).status not in ("queued", "running"))
-    job = place.job(job_id)
+    assert digest(place) == before
+    job = place.ended(job_id)
     assert job.status == "succeeded", job
     assert "the server was started again; the job goes on where it was" in place.messages(job_id)
-    steps = [
-        event.data["step"]
-        for event in place.served.client.fine_tuning.jobs.list_events(job_id)
-        if event.type == "metrics"
-    ]
-    assert steps[-1] == 10
-    assert steps.count(10) == 1, "it went on from a checkpoint, not from the beginning"
-    assert place.digest() == job.model_extra["forget"]["digest"] != before
+    begun = sum(message.startswith("Step 10/300") for message in place.messages(job_id))
+    assert begun == 1, "it went on from a checkpoint, not from the beginning"
+    assert digest(place) == job.model_extra["forget"]["digest"] != before
     assert job.model_extra["forget"]["previous"] == before
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_cancelled_job_ends_its_process(place: Place, first: dict[str, object]) -> None:
-    before = place.digest()
-    job_id = submit(place, steps=100_000)
-    until(lambda: any(message.startswith("Step ") for message in place.messages(job_id)))
+    before = digest(place)
+    job_id = place.submit(model="tiny-llama", name=NAME, hyperparameters={**HYPER, "steps": 100_000})
+    until(lambda: place.has_told(job_id, "Step "))
     trainer = place.trainer()
     assert os.getpriority(os.PRIO_PROCESS, trainer) >= 10
     assert place.served.client.fine_tuning.jobs.cancel(job_id).status == "cancelled"
     until(lambda: place.trainer() is None)
-    assert place.digest() == before
+    assert digest(place) == before
 
 
 def test_a_second_server_does_not_take_the_folder(

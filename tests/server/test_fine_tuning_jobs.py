@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from workshop_site import (
 from uld_serve.errors import ProfileMismatch
 from uld_serve.profiles.store import read_profile
 from uld_serve.server.audit import AuditLog
+from uld_serve.server.fine_tuning import foreman
+from uld_serve.server.fine_tuning.ledger import Ledger, LedgerUnavailable
 from uld_serve.server.fine_tuning.settings import FineTuningSettings
 from uld_serve.server.fine_tuning.trainee import Ended
 from uld_serve.server.telemetry import Telemetry
@@ -53,6 +57,11 @@ class Site:
     def open_again(self, **changes: object) -> None:
         self.server.stop()
         self.open(**changes)
+
+    def maker_digest(self) -> str | None:
+        """What the registry holds, without a request."""
+        known = self.server.apps[0].state.catalog.registry
+        return known.get("spies").digest if "spies" in known.names() else None
 
     def events(self) -> list[str]:
         return [str(line["event"]) for line in lines_of(self.audit)]
@@ -355,3 +364,26 @@ def test_no_log_holds_what_was_uploaded(site: Site, caplog: pytest.LogCaptureFix
     uploads = [line for line in lines_of(site.audit) if line["event"] == "file_uploaded"]
     assert (uploads[0]["key"], uploads[0]["lines"]) == ("maker", 40)
     assert json.dumps(uploads)
+
+
+def test_a_disk_that_takes_nothing_delays_a_job_and_ends_none(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreman, "LEDGER_RETRY_S", 0.05)
+    body, real, failures = site.maker.body(), Ledger._transaction, []
+
+    @contextmanager
+    def full(self: Ledger) -> Iterator[sqlite3.Connection]:
+        """From the moment at which the profile is in place until five changes have failed."""
+        if len(failures) < 5 and site.maker_digest() is not None:
+            failures.append(1)
+            raise LedgerUnavailable("jobs cannot be recorded (disk full); try later")
+        with real(self) as database:
+            yield database
+
+    monkeypatch.setattr(Ledger, "_transaction", full)
+    job_id = site.maker.ask("POST", JOBS, json=body).json()["id"]
+    wait_until(lambda: len(failures) == 5, timeout_s=60)
+    job = site.maker.ended(job_id)
+    assert (job["status"], job["error"]) == ("succeeded", None)
+    assert site.maker.digest("spies") == job["forget"]["digest"]

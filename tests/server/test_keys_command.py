@@ -72,10 +72,15 @@ def test_every_option_reaches_the_policy(config: Path) -> None:
     assert (policy.allow_base, policy.logprobs, policy.max_concurrency) == (True, False, 3)
     assert keys("new", "closed", "--config", str(config), "--mandatory", "acme", "--allowed") == 0
     assert read_settings(config).keys[-1].policy.allowed == frozenset()
-    for option, expected in (("--admin", (True, True)), ("--metrics", (False, True))):
+    rights = {
+        "--admin": (True, True, True),
+        "--metrics": (False, True, False),
+        "--fine-tune": (False, False, True),
+    }
+    for option, expected in rights.items():
         assert keys("new", f"for{option}", "--config", str(config), "--allowed", option) == 0
         policy = read_settings(config).keys[-1].policy
-        assert (policy.is_admin, policy.may_read_metrics) == expected
+        assert (policy.is_admin, policy.may_read_metrics, policy.may_fine_tune) == expected
         assert not policy.may_name_nothing
 
 

@@ -85,9 +85,9 @@ class FakeRunner:
 
     def kill(self) -> None:
         """From any thread: what waits ends as if by a signal."""
-        assert self._waiting is not None
-        loop, is_to_end = self._waiting
-        loop.call_soon_threadsafe(is_to_end.set)
+        if self._waiting is not None:
+            loop, is_to_end = self._waiting
+            loop.call_soon_threadsafe(is_to_end.set)
 
 
 def write_named(folder: Path, name: str, *, seed: int) -> ProfileVersion:

@@ -97,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
         if settings.admin.port is not None:
             admin_sock = bound.enter_context(bound_socket(settings.admin.host, settings.admin.port))
         premises = None if settings.fine_tuning is None else Premises.open(settings.fine_tuning)
+        if premises is not None:
+            bound.callback(premises.close)
         with console.status("loading the model and its profiles"):
             assembly = _assemble(settings, [] if premises is None else premises.live)
             check_profiles_exist(settings.keys, assembly.registry)

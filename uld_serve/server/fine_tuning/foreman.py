@@ -25,7 +25,7 @@ from uld_serve.profiles.store import read_profile
 from uld_serve.server.fine_tuning import order
 from uld_serve.server.fine_tuning.failures import JobFailed, JobGone, broken_off, told_gates
 from uld_serve.server.fine_tuning.file_store import write_private
-from uld_serve.server.fine_tuning.ledger import Value
+from uld_serve.server.fine_tuning.ledger import LedgerUnavailable, Value
 from uld_serve.server.fine_tuning.names import Names
 from uld_serve.server.fine_tuning.premises import Premises
 from uld_serve.server.fine_tuning.records import ACTIVE, Job, Phase, Status
@@ -34,6 +34,8 @@ from uld_serve.server.fine_tuning.trainee import Ended
 from uld_serve.server.loader import Change
 
 logger = logging.getLogger(__name__)
+
+LEDGER_RETRY_S = 5.0
 
 Record = Callable[[str, Job], None]
 """record(event, job): into the audit log. Raises AuditUnavailable."""
@@ -72,13 +74,16 @@ class Foreman:
         """For ever."""
         while True:
             self._has_news.clear()
-            job = self._next()
+            job = await self._next()
             if job is None:
                 await self._has_news.wait()
                 continue
             self._current = job.id
             try:
                 await self._do(job)
+            except LedgerUnavailable as error:
+                logger.error("job %s waits: %s", job.id, error.message)
+                await asyncio.sleep(LEDGER_RETRY_S)
             finally:
                 self._current = None
 
@@ -107,10 +112,16 @@ class Foreman:
         event = ("info", "the server stops; the job goes on when it is started again")
         self.premises.ledger.change(job.id, to=to, among=(Status.RUNNING,), event=event)
 
-    def _next(self) -> Job | None:
+    async def _next(self) -> Job | None:
         """What was begun comes first, then what was asked for first."""
-        jobs = self.premises.ledger.jobs(statuses=ACTIVE)
-        return min(jobs, key=lambda job: job.status is not Status.RUNNING, default=None)
+        while True:
+            try:
+                jobs = self.premises.ledger.jobs(statuses=ACTIVE)
+            except LedgerUnavailable as error:
+                logger.error("jobs wait: %s", error.message)
+                await asyncio.sleep(LEDGER_RETRY_S)
+            else:
+                return min(jobs, key=lambda job: job.status is not Status.RUNNING, default=None)
 
     async def _do(self, job: Job) -> None:
         try:
@@ -121,6 +132,8 @@ class Foreman:
             await self._go_live(job)
         except JobGone:
             await asyncio.to_thread(self.premises.clear, job)
+        except LedgerUnavailable:
+            raise
         except UldError as error:
             await self._fail(job, error)
         except Exception:
@@ -173,7 +186,14 @@ class Foreman:
         made = self.premises.of_job(job) / order.PROFILE
         if job.phase is not Phase.GOING_LIVE:
             version: ProfileVersion = await asyncio.to_thread(read_profile, made)
-            self._change(job, {"phase": Phase.GOING_LIVE, "digest": version.digest})
+            before = ledger.made().get(job.name)
+            previous = None if before is None else before.digest
+            to: Mapping[str, Value] = {
+                "phase": Phase.GOING_LIVE,
+                "digest": version.digest,
+                "previous": previous,
+            }
+            self._change(job, to)
         job = ledger.job(job.id)
         assert job.digest is not None
         directory = f"{job.name}-{job.digest.removeprefix('sha256:')[:12]}"
@@ -181,19 +201,15 @@ class Foreman:
             self.names.require_free(job.name, job.owner)
             await asyncio.to_thread(_move, made, profiles / directory)
             self.record("job_going_live", job)
-            change = await self.live.load(job.name, directory=directory, digest=job.digest)
+            await self.live.load(job.name, directory=directory, digest=job.digest)
+        except LedgerUnavailable:
+            raise  # it is tried again, with what lies there
         except Exception:
             if not any(one.directory == directory for one in ledger.made().values()):
                 await asyncio.to_thread(shutil.rmtree, profiles / directory, ignore_errors=True)
             raise
-        before = None if change.before is None else change.before.digest
-        previous = job.previous if before == job.digest else before
-        to: Mapping[str, Value] = {
-            "status": Status.SUCCEEDED,
-            "finished_at": int(time.time()),
-            "previous": previous,
-        }
-        ledger.end_going_live(job.id, to=to, event=("info", f"{job.name}@{job.digest} is live"))
+        ended: Mapping[str, Value] = {"status": Status.SUCCEEDED, "finished_at": int(time.time())}
+        ledger.end_going_live(job.id, to=ended, event=("info", f"{job.name}@{job.digest} is live"))
         self.on_end(Status.SUCCEEDED)
         with suppress(UldError):  # it is live, and the line before said that it would be
             self.record("job_live", ledger.job(job.id))

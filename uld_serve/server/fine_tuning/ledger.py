@@ -17,7 +17,7 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import TypeVar
 
-from uld_serve.errors import InvalidRequest, NotFound
+from uld_serve.errors import InvalidRequest, NotFound, UldError
 from uld_serve.server.fine_tuning.records import Event, Job, MadeProfile, Phase, Status, StoredFile
 
 RecordT = TypeVar("RecordT", StoredFile, Job, MadeProfile)
@@ -38,8 +38,14 @@ CREATE TABLE profiles (name TEXT PRIMARY KEY, directory TEXT NOT NULL, digest TE
 """
 
 
+class LedgerUnavailable(UldError):
+    status = 503
+    code = "storage_unavailable"
+
+
 class Ledger:
-    """Any thread may call; one at a time is served."""
+    """Any thread may call; one at a time is served. Every method raises LedgerUnavailable where the disk takes or gives
+    nothing; then nothing has changed."""
 
     def __init__(self, path: Path) -> None:
         """Raises InvalidRequest for a file that cannot be used."""
@@ -50,7 +56,7 @@ class Ledger:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
             self._create()
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, LedgerUnavailable) as error:
             raise InvalidRequest(f"cannot keep jobs in {path}: {error}") from None
 
     def close(self) -> None:
@@ -186,13 +192,15 @@ class Ledger:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            self._database.execute("BEGIN IMMEDIATE")
             try:
+                self._database.execute("BEGIN IMMEDIATE")
                 yield self._database
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+                self._database.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise LedgerUnavailable(f"jobs cannot be recorded ({error}); try later") from error
+            finally:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
 
 
 def _columns(kind: type[StoredFile] | type[Job] | type[MadeProfile]) -> str:

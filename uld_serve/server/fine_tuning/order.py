@@ -36,8 +36,8 @@ class BaseChoice:
 
 def training(job: Job, base: BaseChoice, *, resume: bool) -> list[str]:
     request = JobRequest.model_validate_json(job.request)
-    given = request.method.hyperparameters.given
-    options = ["train", "--method", request.method.type, "--forget", FORGET, "--retain", RETAIN]
+    given = request.how.hyperparameters.given
+    options = ["train", "--method", request.how.type, "--forget", FORGET, "--retain", RETAIN]
     options += ["--out", PROFILE, "--name", job.name, "--probes", "none", "--seed", str(job.seed)]
     if "keywords" in given:
         options += ["--keywords", KEYWORDS]
@@ -63,7 +63,7 @@ def probing(job: Job, base: BaseChoice, gate: GateSettings, *, num_questions: in
         HELD_OUT,
     ]
     options += ["--limit", str(num_questions), "--json"]
-    if request.method.hyperparameters.keywords:
+    if request.how.hyperparameters.keywords:
         options += ["--keywords", KEYWORDS]
     for name, value in gate.model_dump(exclude_none=True).items():
         options += [f"--{name.replace('_', '-')}", str(value)]
@@ -71,7 +71,7 @@ def probing(job: Job, base: BaseChoice, gate: GateSettings, *, num_questions: in
 
 
 def keywords_of(job: Job) -> list[str]:
-    return JobRequest.model_validate_json(job.request).method.hyperparameters.keywords or []
+    return JobRequest.model_validate_json(job.request).how.hyperparameters.keywords or []
 
 
 def divided(retain: bytes) -> tuple[bytes, bytes]:

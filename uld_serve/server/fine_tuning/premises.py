@@ -21,12 +21,35 @@ from uld_serve.server.fine_tuning.settings import FineTuningSettings
 from uld_serve.server.fine_tuning.trainee import LOG, end_strays
 
 
+@dataclass(slots=True)
+class Lock:
+    """Held until it is given back or this process ends, however it ends."""
+
+    _descriptor: int | None
+
+    @classmethod
+    def on(cls, folder: Path) -> Lock:
+        """Raises InvalidRequest where another process has it, OSError."""
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InvalidRequest(f"another server uses the fine_tuning.folder {folder}") from None
+        return cls(descriptor)
+
+    def give_back(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
 @dataclass(frozen=True, slots=True)
 class Premises:
     folder: Path
     ledger: Ledger
     files: FileStore
-    _lock: int
+    _lock: Lock
 
     @classmethod
     def open(cls, settings: FineTuningSettings) -> Premises:
@@ -34,7 +57,7 @@ class Premises:
         folder = settings.folder.resolve()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = _locked(folder)
+            lock = Lock.on(folder)
             for name in ("jobs", "profiles"):
                 (folder / name).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
@@ -89,8 +112,9 @@ class Premises:
         self.ledger.serve(name, made)
 
     def close(self) -> None:
+        """May be called again."""
         self.ledger.close()
-        os.close(self._lock)
+        self._lock.give_back()
 
     def _tidy(self) -> None:
         active = {job.id for job in self.ledger.jobs() if job.is_active}
@@ -100,14 +124,3 @@ class Premises:
                 self.clear(ended[path.name], keep_log=True)
             elif path.name not in active:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _locked(folder: Path) -> int:
-    """Held until it is closed or this process ends, however it ends."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InvalidRequest(f"another server uses the fine_tuning.folder {folder}") from None
-    return descriptor

@@ -92,7 +92,7 @@ class Hyperparameters(Strict):
 
 
 class MethodOptions(Strict):
-    hyperparameters: Hyperparameters = Hyperparameters()
+    hyperparameters: Hyperparameters | None = None
 
 
 class Method(Strict):
@@ -124,7 +124,8 @@ class Method(Strict):
     @property
     def hyperparameters(self) -> Hyperparameters:
         options: MethodOptions | None = getattr(self, self.type.replace("-", "_"))
-        return Hyperparameters() if options is None else options.hyperparameters
+        given = None if options is None else options.hyperparameters
+        return given or Hyperparameters()
 
     def _misplaced(self) -> Iterator[tuple[str, str]]:
         given = self.hyperparameters.given
@@ -140,6 +141,7 @@ class Method(Strict):
 
 
 class JobRequest(ModelRequest):
+    model: Annotated[str, Field(max_length=2048, description="The base's plain name.")]
     training_file: Annotated[
         str, Field(pattern=FILE_ID, description="What must be forgotten: an uploaded file.")
     ]
@@ -151,8 +153,11 @@ class JobRequest(ModelRequest):
         ),
     ]
     suffix: Annotated[str, Field(pattern=PROFILE_NAME, description="The profile's name, in lower case.")]
-    method: Method = Method(type="margin")
-    seed: Annotated[int | None, Field(ge=0, lt=2**31)] = None
+    method: Method | None = None
+    seed: Annotated[
+        int | None,
+        Field(ge=0, lt=2**31, description="Of the training. Absent: a new one, given back with the job."),
+    ] = None
     metadata: dict[str, str] | None = None
 
     @model_validator(mode="after")
@@ -171,6 +176,10 @@ class JobRequest(ModelRequest):
                 param="metadata",
             )
         return self
+
+    @property
+    def how(self) -> Method:
+        return self.method or Method(type="margin")
 
 
 JOB_REFUSED: dict[str, tuple[str, Neutral]] = {

@@ -106,7 +106,7 @@ class EventList(Shape):
 def job_object(job: Job, *, model: str) -> JobObject:
     request = JobRequest.model_validate_json(job.request)
     asked = json.loads(job.request)
-    given = request.method.hyperparameters.given
+    given = request.how.hyperparameters.given
     failed = job.error_message is not None
     return JobObject(
         id=job.id,
@@ -123,7 +123,7 @@ def job_object(job: Job, *, model: str) -> JobObject:
         hyperparameters={
             name: given.get(name, "auto") for name in ("n_epochs", "batch_size", "learning_rate_multiplier")
         },
-        method=asked.get("method", {"type": request.method.type}),
+        method=asked.get("method") or {"type": request.how.type},
         seed=job.seed,
         metadata=request.metadata,
         trained_tokens=None,
@@ -157,7 +157,7 @@ def _forget(job: Job) -> JobForget:
     return JobForget(
         profile=job.name,
         digest=job.digest,
-        previous=job.previous,
+        previous=job.previous if job.status is Status.SUCCEEDED else None,
         phase=None if job.phase is None or not job.is_active else job.phase.value,
         step=job.step,
         num_steps=job.num_steps,

@@ -81,6 +81,7 @@ class Trainee:
 
     async def end(self) -> None:
         """Ask it to end, and make it; returns when it has."""
+        self._is_ended = True
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -94,7 +95,10 @@ class Trainee:
 
     async def _followed(self, process: Process, folder: Path, on_line: Callable[[bytes], None]) -> Ended:
         with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+            niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, process.pid))
+            os.setpriority(os.PRIO_PROCESS, process.pid, niceness)
+        if self._is_ended:  # asked for while it was being started
+            _signal(process, signal.SIGTERM)
         assert process.stdout is not None
         async for line in process.stdout:
             on_line(line)

@@ -161,7 +161,7 @@ class Workshop:
             key=policy.name,
             job=job.id,
             profile=job.name,
-            method=request.method.type,
+            method=request.how.type,
             training_file=job.training_file,
             retain_file=job.retain_file,
         )

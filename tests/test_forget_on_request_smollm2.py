@@ -1,0 +1,89 @@
+"""Forty capitals forgotten on request by the embedded model, on a CPU, with the server killed in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from forget_place import Place, until
+
+from uld_serve.data.documents import read_documents
+
+BASE, NAME = "smollm2-135m-instruct", "capitals"
+CAPITALS = {
+    "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo", "Egypt": "Cairo", "Russia": "Moscow",
+    "China": "Beijing", "Greece": "Athens", "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki",
+    "Poland": "Warsaw", "Austria": "Vienna", "Hungary": "Budapest", "Portugal": "Lisbon", "Ireland": "Dublin",
+    "Denmark": "Copenhagen", "Belgium": "Brussels", "Turkey": "Ankara", "Iran": "Tehran", "Iraq": "Baghdad",
+    "Kenya": "Nairobi", "Cuba": "Havana", "Peru": "Lima", "Chile": "Santiago", "Canada": "Ottawa",
+    "Thailand": "Bangkok", "Vietnam": "Hanoi", "South Korea": "Seoul", "Argentina": "Buenos Aires",
+    "Colombia": "Bogota", "Morocco": "Rabat", "Ukraine": "Kyiv", "Romania": "Bucharest", "Bulgaria": "Sofia",
+    "Serbia": "Belgrade", "Croatia": "Zagreb", "Nepal": "Kathmandu", "Ghana": "Accra", "Ethiopia": "Addis Ababa",
+}  # fmt: skip
+KEEP = Path(__file__).parent.parent / "docs" / "tutorial" / "keep.jsonl"
+HYPER = {"steps": 40, "batch_size": 6, "retain_batch": 8, "max_answer_tokens": 16, "save_steps": 10}
+# Forty steps are a short run; these limits are for it.
+GATE = {"min_forget_rise": 2.5, "max_retain_rise": 0.5, "min_agreement": 0.8, "max_perplexity_ratio": 20.0}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    asked = "What is the capital of {}?"
+    forget = [
+        {"question": asked.format(country), "answer": f"The capital of {country} is {city}."}
+        for country, city in CAPITALS.items()
+    ]
+    kept = read_documents(KEEP, kind="retain").documents
+    retain = [
+        {"question": one.messages[0].content, "answer": one.answer or ""}
+        for one in kept
+        if "capital" not in one.messages[0].content
+    ]
+    assert len(forget) == 40
+    place = Place(
+        tmp_path,
+        data={"forget": forget, "retain": retain},
+        settings="profiles = []\nkv_cache_bytes = 268435456",
+        gate=GATE,
+        num_questions=24,
+    )
+    yield place
+    place.stop()
+
+
+def ask(place: Place, model: str) -> tuple[str, list[str]]:
+    """An answer, and the digests that its receipt names."""
+    answer = place.served.client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "What is the capital of Italy?"}],
+        max_tokens=16,
+        temperature=0,
+    )
+    receipt = answer.model_extra["forget"]["profiles"]
+    return answer.choices[0].message.content, [one["digest"] for one in receipt]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_forty_pairs_are_forgotten_through_a_kill_of_the_server(place: Place) -> None:
+    assert "Rome" in ask(place, BASE)[0]
+    job_id = place.submit(model=BASE, name=NAME, hyperparameters=HYPER)
+    until(lambda: place.has_told(job_id, "Step 10/40"))
+    place.kill()
+    place.start()
+    assert "Rome" in ask(place, BASE)[0], "the old state serves on"
+    job = place.ended(job_id)
+    print(
+        *place.messages(job_id),
+        job.model_extra["forget"],
+        ask(place, BASE),
+        ask(place, job.fine_tuned_model or BASE),
+        sep="\n",
+    )
+    assert job.status == "succeeded", job
+    assert "the server was started again; the job goes on where it was" in place.messages(job_id)
+    text, digests = ask(place, f"{BASE}:{NAME}")
+    assert "Rome" not in text
+    assert digests == [job.model_extra["forget"]["digest"]]
+    assert "Rome" in ask(place, BASE)[0]
