@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from uld_serve.server.fine_tuning.settings import FineTuningSettings, GateSettings
 from uld_serve.server.settings import (
     AdminSettings,
     AuditSettings,
@@ -27,6 +29,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "admin": AdminSettings,
     "audit": AuditSettings,
     "cache": CacheSettings,
+    "fine_tuning": FineTuningSettings,
     "limits": Limits,
     "log": LogSettings,
 }
@@ -34,6 +37,7 @@ TABLES: dict[str, type[BaseModel]] = {
 NOT_THE_DEFAULT = {
     *("host", "profiles", "model", "keys_file", "audit_log", "admin.host", "admin.port"),
     *("max_model_len", "max_num_seqs", "kv_cache_bytes", "own_kv_bytes", "adapter_bytes", "sampler_bytes"),
+    *(f"fine_tuning.{name}" for name in ("folder", "device", "threads", "gate")),
     *(f"keys.{name}" for name in ("name", "sha256", "mandatory", "logprobs", "max_concurrency")),
 }
 
@@ -68,13 +72,15 @@ def fields() -> dict[str, object]:
 
 def test_every_setting_is_shown_and_no_other(shown: dict[str, object]) -> None:
     assert shown.keys() == fields().keys()
+    assert shown["fine_tuning.gate"].keys() == GateSettings.model_fields.keys()  # type: ignore[attr-defined]
 
 
 def test_all_tables_are_known_here() -> None:
     nested = {
         name
         for name, field in ServerSettings.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for one in (field.annotation, *get_args(field.annotation))
+        if isinstance(one, type) and issubclass(one, BaseModel) and one is not KeySettings
     }
     assert nested == TABLES.keys()
 
