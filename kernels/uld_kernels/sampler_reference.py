@@ -8,19 +8,19 @@ Legend: R rows of logits, V real vocabulary, K survivors of one row, B rows to d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 
 from uld_kernels import rules
-from uld_kernels.batch_sampler import Batch, sample_batch, score_batch
+from uld_kernels.batch_sampler import Batch, fuse_batch, sample_batch, score_batch
 from uld_kernels.columns import Columns
 from uld_kernels.fusion import Fused, fuse
 from uld_kernels.history import penalized, repeats
 from uld_kernels.lottery import Lot, draw
 from uld_kernels.measure import Measures, listing
 from uld_kernels.nucleus import nucleus_indices
-from uld_kernels.rows import LateRows, SampleOutput, SampleRow, ScoreOutput
+from uld_kernels.rows import FusedOutput, LateRows, SampleOutput, SampleRow, ScoreOutput
 from uld_kernels.streams import RowFailure, Streams
 from uld_kernels.ways import is_measured
 
@@ -79,6 +79,35 @@ def score(
             columns.rank([number], 1 + (fused.scores_K > token_score).sum()[None])
             _measure(columns, number, row, fused, token_score)
     return columns.scored(logits_RV.device)
+
+
+def fused(
+    logits_RV: torch.Tensor,
+    rows: Sequence[SampleRow],
+    *,
+    vocab_size: int,
+    protected_ids: torch.Tensor,
+    late: LateRows | None = None,
+) -> FusedOutput:
+    """ops.fused_scores."""
+    columns = Columns(rows)
+    dtype = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
+    scores_BV = torch.full((len(rows), vocab_size), -inf, dtype=dtype, device=logits_RV.device)
+    fuse_batch(Batch(logits_RV, rows, vocab_size, protected_ids, late), columns, scores_BV)
+    streams = Streams(logits_RV, vocab_size, late)
+    for number, row in enumerate(rows):
+        if number in columns.tokens:
+            continue
+        try:
+            one = fuse(streams, row, protected_ids=protected_ids, is_measured=False)
+        except RowFailure as failure:
+            columns.fail(number, failure.status)
+        else:
+            if one.scores_K.isfinite().all():
+                scores_BV[number].index_copy_(0, one.ids_K, one.scores_K)
+            else:
+                columns.fail(number, rules.NUMERICAL)
+    return columns.fused(scores_BV)
 
 
 def _measure(columns: Columns, number: int, row: SampleRow, fused: Fused, token_score: float) -> None:

@@ -37,6 +37,7 @@ TABLES: dict[str, type[BaseModel]] = {
 NOT_THE_DEFAULT = {
     *("host", "profiles", "model", "keys_file", "audit_log", "admin.host", "admin.port"),
     *("max_model_len", "max_num_seqs", "kv_cache_bytes", "own_kv_bytes", "adapter_bytes", "sampler_bytes"),
+    "tensor_parallel",
     *(f"fine_tuning.{name}" for name in ("folder", "device", "threads", "gate")),
     *(f"keys.{name}" for name in ("name", "sha256", "mandatory", "logprobs", "max_concurrency")),
 }

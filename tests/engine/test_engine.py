@@ -312,7 +312,7 @@ def test_scores_combined_with_other_profiles_than_the_requests_are_refused(
     engine = make_engine()
     engine.add("r", PROMPT, greedy(3), forgetting(tiny, "late-fork"))
     monkeypatch.setattr(
-        sampler, "_terms", lambda plan, rows: ()
+        sampler, "terms_of", lambda plan, rows: ()
     )  # the bug this guards against: terms lost on the way
     [last] = run(engine)["r"]
     assert (last.finish_reason, last.token_ids) == ("error", ())

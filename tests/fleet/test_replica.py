@@ -139,10 +139,11 @@ def test_changed_bytes_in_an_active_folder_keep_a_replica_from_starting(plan: Fl
     run(work())
 
 
-def test_a_fleet_has_no_place_for_fine_tuning_jobs(plan: FleetPlan, tmp_path: Path) -> None:
-    settings = plan.settings.model_copy(update={"fine_tuning": FineTuningSettings(folder=tmp_path / "jobs")})
-    with pytest.raises(InvalidRequest, match="for one server"):
-        FleetPlan(settings, plan.keys, plan.fleet, plan.made_s)
+def test_a_fleet_has_no_place_for_what_is_for_one_server(plan: FleetPlan, tmp_path: Path) -> None:
+    for change in ({"fine_tuning": FineTuningSettings(folder=tmp_path / "jobs")}, {"tensor_parallel": 2}):
+        settings = plan.settings.model_copy(update=change)
+        with pytest.raises(InvalidRequest, match="for one server"):
+            FleetPlan(settings, plan.keys, plan.fleet, plan.made_s)
 
 
 def test_a_key_whose_profile_is_not_active_keeps_a_replica_from_starting(plan: FleetPlan, root: Path) -> None:

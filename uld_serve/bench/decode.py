@@ -160,7 +160,7 @@ def _adapter_bytes(variants: Sequence[Variant]) -> dict[str, int]:
         for count, decision in enumerate(variant.decisions, start=1):
             planner.release(planner.plan(decision))
             if decision.applied and count in (1, len(variant.decisions)):
-                found[str(count)] = planner.bank.resident_bytes
+                found[str(count)] = variant.engine.runner.decoder.bank.resident_bytes
     return found
 
 

@@ -65,8 +65,10 @@ def _loaded(engine: Engine, base: Base, shape: AdapterShape, count: int) -> Iter
         version = random_profile(base, shape, number)
         engine.prepare([version])
         engine.planner.release(engine.planner.plan(Decision.of_version(version)))
-        if engine.planner.bank.num_resident != number + 1:
-            raise InvalidRequest(f"adapter_bytes holds {engine.planner.bank.num_resident} of these profiles")
+        if engine.runner.decoder.bank.num_resident != number + 1:
+            raise InvalidRequest(
+                f"adapter_bytes holds {engine.runner.decoder.bank.num_resident} of these profiles"
+            )
         yield _bytes(engine, number + 1)
 
 
@@ -74,7 +76,7 @@ def _bytes(engine: Engine, profiles: int) -> dict[str, int]:
     resident = int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if STATM.exists() else 0
     return {
         "profiles": profiles,
-        "adapter_bytes": engine.planner.bank.resident_bytes,
+        "adapter_bytes": engine.runner.decoder.bank.resident_bytes,
         "process_bytes": resident,
     }
 

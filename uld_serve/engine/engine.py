@@ -19,10 +19,12 @@ from uld_serve.engine.admission import Admission
 from uld_serve.engine.block_pool import BlockPool
 from uld_serve.engine.cuda_graphs import CudaRecorder, GraphedRunner
 from uld_serve.engine.grammar import Grammars
-from uld_serve.engine.memory import resolved
-from uld_serve.engine.plan import OWN_POOL, TARGET_POOL, Decision, Planner, ProfileVersion
+from uld_serve.engine.leading import LeadingBank, LeadingRunner
+from uld_serve.engine.memory import runner_of
+from uld_serve.engine.plan import OWN_POOL, TARGET_POOL, Bank, Decision, Planner, ProfileVersion
 from uld_serve.engine.pools import Pools
 from uld_serve.engine.provision import Provision
+from uld_serve.engine.ranks import Begin, Ranks
 from uld_serve.engine.request import Delta, FinishReason, Load, Receipt, SamplingParams, TokenLogprob
 from uld_serve.engine.runner import Runner
 from uld_serve.engine.sampler import Outcome, Sampler
@@ -31,8 +33,6 @@ from uld_serve.engine.sequence import Scheduled, Sequence
 from uld_serve.engine.step import Result, Step, Steps, as_uld_error
 from uld_serve.engine.tokenizer import Tokenizer
 from uld_serve.errors import InvalidRequest, Overloaded, UldError
-from uld_serve.model.attention_backends import choose
-from uld_serve.model.decoder import Decoder
 from uld_serve.model.loading import Base
 
 logger = logging.getLogger(__name__)
@@ -55,18 +55,19 @@ class Engine:
     ahead: Step | None = None
 
     @classmethod
-    def of(cls, base: Base, settings: EngineSettings | None = None) -> Engine:
-        """Raises ModelUnsupported when the base's layers do not compute what the base computes."""
-        decoder = Decoder.of(base)
-        config = resolved(settings or EngineSettings(), decoder)
-        decoder.attention = choose(
-            base.device, base.dtype, block_size=config.block_size, head_dim=decoder.head_dim
-        )
-        runner = Runner.of(decoder, config)
+    def of(cls, base: Base, settings: EngineSettings | None = None, ranks: Ranks | None = None) -> Engine:
+        """With `ranks`, those who share the base: rank 0's, of which the others hear in `follow`.
+
+        Raises ModelUnsupported when the base's layers do not compute what the base computes."""
+        runner, config = runner_of(base, settings or EngineSettings(), ranks)
+        decoder = runner.decoder
+        bank: Bank = decoder.bank
         if config.cuda_graphs:
             record = CudaRecorder(base.device)
             runner = GraphedRunner.around(runner, record, max_rows=config.max_num_seqs)
-        decoder.bank.budget_bytes = config.adapter_bytes
+        if ranks is not None:
+            ranks.tell(Begin(base.fingerprint, config))
+            runner, bank = LeadingRunner.around(runner, ranks), LeadingBank(decoder.bank, ranks)
         pools = Pools({TARGET_POOL: BlockPool(config.num_blocks, config.block_size)})
         tokenizer = Tokenizer(base.tokenizer, vocab_size=base.vocab_size, eos_ids=base.eos_ids)
         return cls(
@@ -74,7 +75,7 @@ class Engine:
             config=config,
             tokenizer=tokenizer,
             grammars=Grammars(tokenizer),
-            planner=Planner(decoder.bank, defers_logits=config.late_head),
+            planner=Planner(bank, defers_logits=config.late_head),
             pools=pools,
             scheduler=Scheduler(config, pools),
             runner=runner,

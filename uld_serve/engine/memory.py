@@ -1,4 +1,5 @@
-"""Who gets how much of a device's memory: settings resolved once at start. Called by Engine.of.
+"""Who gets how much of a device's memory: settings resolved once at start, and the cache that they leave room for.
+Called by Engine.of, and by ranks that follow another.
 
 Knows what must be there beside keys and values: one workspace for the samplers of all recorded steps. A shape that
 needs more is not recorded, so nothing grows later.
@@ -6,12 +7,19 @@ needs more is not recorded, so nothing grows later.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from uld_kernels import SampleShape, Workspace
 
 from uld_serve.config import EngineConfig, EngineSettings
+from uld_serve.engine.ranks import Ranks
+from uld_serve.engine.runner import Runner
 from uld_serve.engine.seating import padded_size
+from uld_serve.errors import InvalidRequest
+from uld_serve.model.attention_backends import choose
 from uld_serve.model.decoder import Decoder
+from uld_serve.model.loading import Base
 
 # Terms of a request that a workspace has room for when every row of the largest batch has all else there is. Smaller
 # batches may have more.
@@ -28,6 +36,32 @@ def resolved(settings: EngineSettings, decoder: Decoder) -> EngineConfig:
         free_device_bytes=free,
         sampler_bytes=sampler_bytes(settings.max_num_seqs, base.vocab_size),
     )
+
+
+def runner_of(
+    base: Base, settings: EngineSettings, ranks: Ranks | None = None
+) -> tuple[Runner, EngineConfig]:
+    """The base's decoder with its cache, and the settings resolved for it. With `ranks`, every one of them must come
+    here at once. Raises ModelUnsupported, InvalidRequest."""
+    if ranks is not None:
+        settings = _shared(settings)
+    decoder = Decoder.of(base)
+    config = resolved(settings, decoder)
+    decoder.attention = choose(
+        base.device, base.dtype, block_size=config.block_size, head_dim=decoder.head_dim
+    )
+    decoder.bank.budget_bytes = config.adapter_bytes
+    return Runner.of(decoder, config), config
+
+
+def _shared(settings: EngineSettings) -> EngineSettings:
+    """A step of several ranks is not recorded, and none is launched before the one before has ended."""
+    for name in ("cuda_graphs", "overlap"):
+        if getattr(settings, name):
+            raise InvalidRequest(
+                f"{name} is not for a model that several processes share: leave it out", param=name
+            )
+    return replace(settings, cuda_graphs=False, overlap=False)
 
 
 def sampler_bytes(max_num_seqs: int, vocab_size: int) -> int:

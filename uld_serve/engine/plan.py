@@ -1,13 +1,15 @@
 """From profiles to streams and rule rows: the only place where the path of a request meets that of a profile.
 
-Called by the engine at admission. Knows the adapter bank, but no tensor, text or HTTP.
+Called by the engine at admission, and once at start by what serves in another engine. Knows the adapter bank, but no
+tensor, text or HTTP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 
 from uld_serve.engine.request import ReceiptEntry
 from uld_serve.engine.streams import (
@@ -21,7 +23,7 @@ from uld_serve.engine.streams import (
     TermPlan,
 )
 from uld_serve.errors import InvalidRequest, Overloaded, ProfileError, ProfileMismatch
-from uld_serve.model.adapter_bank import AdapterBank
+from uld_serve.profiles.adapter import LoraAdapter
 from uld_serve.profiles.profile import TARGET, ProfileVersion, StreamSpec
 
 __all__ = [
@@ -72,11 +74,24 @@ class Decision:
         return cls(tuple(applied), compose)
 
 
+class Bank(Protocol):
+    """Who holds adapters for plans: `model.adapter_bank.AdapterBank` in this engine, others in others."""
+
+    @property
+    def total_users(self) -> int: ...
+
+    def acquire(self, key: str, load: Callable[[], LoraAdapter]) -> int: ...
+
+    def release(self, key: str) -> None: ...
+
+    def evict_all(self, prefix: str) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class SecondModel:
     """A separate assistant model that is loaded: its adapters, its layers and its context."""
 
-    bank: AdapterBank
+    bank: Bank
     num_layers: int
     max_positions: int
 
@@ -89,7 +104,7 @@ class Planner:
     the separate ones loaded, by fingerprint. What is not there is refused.
     """
 
-    bank: AdapterBank
+    bank: Bank
     defers_logits: bool = False
     """Worth it where the head costs more with more rows, as on a CPU."""
     own_layers: int = 0
@@ -181,7 +196,7 @@ class Planner:
         for model, seat in seats:
             self._bank(model).release(seat.key)
 
-    def _bank(self, model: str | None) -> AdapterBank:
+    def _bank(self, model: str | None) -> Bank:
         return self.bank if model is None else self.models[model].bank
 
     def _seat_target(self, decision: Sequence[Applied], draft: _Draft) -> None:

@@ -43,6 +43,11 @@ class Provision:
         when assistants' room must grow while requests are in it.
         """
         streams = [stream for version in versions for stream in version.profile.streams]
+        if not self.runner.keeps_state and any(stream.kv == "own" for stream in streams):
+            raise ProfileError(
+                "assistants with keys and values of their own, or in models of their own, are not served by several "
+                "processes together; leave these profiles out, or --tensor-parallel"
+            )
         own = [stream.exit - stream.fork for stream in streams if stream.kv == "own" and not stream.model]
         self._make_own(max(own, default=0))
         for version in versions:

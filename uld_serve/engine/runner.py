@@ -33,6 +33,11 @@ class Runner:
         )
         return cls(decoder, cache)
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether assistants may keep keys and values of their own here, or models be run beside the base."""
+        return True
+
     def run(self, rows: RowBatch) -> Scores:
         """Scores of the batch's head rows, then of its assistants on the base, then of separate models in the
         batch's order, then of late assistants. Raises what a model raises."""

@@ -214,7 +214,7 @@ class Sampler:
         plan = want.sequence.plan
         return SampleRow(
             row_b=want.row,
-            terms=_terms(plan, want.stream_rows),
+            terms=terms_of(plan, want.stream_rows),
             compose=rules.COMPOSE_CODES[plan.compose],
             position=want.position,
             num_logprobs=self._num_logprobs(want) or 0,
@@ -230,7 +230,7 @@ class Sampler:
             row, stream_rows = places[row], tuple(places[one] for one in stream_rows)
         return SampleRow(
             row_b=row,
-            terms=_terms(sequence.plan, stream_rows),
+            terms=terms_of(sequence.plan, stream_rows),
             compose=rules.COMPOSE_CODES[sequence.plan.compose],
             temperature=params.temperature if params.temperature >= SMALLEST_TEMPERATURE else 0.0,
             top_k=params.top_k,
@@ -280,7 +280,8 @@ def same_draws(found: SampleOutput, expected: SampleOutput) -> bool:
     )
 
 
-def _terms(plan: Plan, stream_rows: tuple[int, ...]) -> tuple[Term, ...]:
+def terms_of(plan: Plan, stream_rows: tuple[int, ...]) -> tuple[Term, ...]:
+    """The plan's rules, reading its streams' scores from these rows."""
     return tuple(
         Term(
             kind=rules.RULE_CODES[term.kind],

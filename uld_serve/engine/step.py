@@ -15,7 +15,7 @@ from uld_serve.engine.runner import Runner
 from uld_serve.engine.sampler import InFlight, Outcome, Sampler
 from uld_serve.engine.sequence import Scheduled
 from uld_serve.engine.streams import TARGET_POOL
-from uld_serve.errors import UldError
+from uld_serve.errors import RanksLost, UldError
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Steps:
             return Step([], InFlight((), (), None, None))
         try:
             return Step(scheduled, self._launch(scheduled, None))
+        except RanksLost:  # no part of the batch could be run either
+            raise
         except Exception as error:  # `again` finds out whose it is
             logger.exception("a step of %d requests failed", len(scheduled))
             return Step(scheduled, error)

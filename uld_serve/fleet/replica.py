@@ -48,6 +48,10 @@ class FleetPlan:
                 "[fine_tuning] is for one server: its jobs lie in one folder and go live in one process. Leave it out "
                 "of the fleet's settings, make profiles elsewhere, and load them through the admin listener"
             )
+        if self.settings.tensor_parallel is not None:
+            raise InvalidRequest(
+                "tensor_parallel is for one server: a replica of a fleet is one process. Leave it out of the settings"
+            )
 
     def settings_of(self, replica: str) -> ServerSettings:
         """With an audit log of its own: two processes that append to one and rotate it would lose lines."""

@@ -17,6 +17,7 @@ from uld_serve.model.fused_layer import FusedLayer
 from uld_serve.model.lora import LoraDelta, LoraLinear, Pair
 from uld_serve.model.lora_rows import LoraRows
 from uld_serve.model.packed_linear import PackedLinear
+from uld_serve.model.shards import SummedLinear
 
 Pairs = dict[LoraDelta, dict[int, Pair]]
 """By product and part."""
@@ -79,6 +80,9 @@ class AdapterBank:
         for key in unused:
             self.evict(key)
         return len(unused)
+
+    def holds(self, key: str) -> bool:
+        return key in self._slots
 
     def check(self, key: str, slot: int) -> None:
         """Raise if this is not the adapter in that slot: its rows would otherwise run as the base's."""
@@ -175,6 +179,8 @@ class AdapterBank:
             base = getattr(parent, leaf)
         except AttributeError as error:
             raise ProfileMismatch(f"the adapter changes {name}, which this base does not have") from error
+        if isinstance(base, SummedLinear):  # the delta's part is summed with the base's
+            parent, leaf, base = base, "linear", base.linear
         if isinstance(base, LoraLinear):
             return base
         if not isinstance(base, nn.Linear | PackedLinear):

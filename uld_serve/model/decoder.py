@@ -87,15 +87,22 @@ class Decoder:
         ]
         by_layer = [[Place(p, tables[kind]) for p, tables in places] for kind in self.layer_types]
         steps = choose_steps(self.base.device, self.base.dtype)
-        fuse(self.layers, self.base.model, by_layer, rows=self.bank.rows, is_packed=is_packed, steps=steps)
+        if (
+            self.base.part is None
+        ):  # fused layers add to the residual within a product, before ranks could sum
+            fuse(
+                self.layers, self.base.model, by_layer, rows=self.bank.rows, is_packed=is_packed, steps=steps
+            )
         if is_packed:
             share_inputs(self.layers)
             pack_linears(self.layers)
 
     @property
     def num_kv_heads(self) -> int:
+        """Of this rank, where several share the base."""
         config = self.base.model.config.get_text_config()
-        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        return heads if self.base.part is None else heads // self.base.part.size
 
     @property
     def head_dim(self) -> int:
@@ -131,6 +138,11 @@ class Decoder:
         num_whole = hidden_RD.shape[0] - sum(row.is_late for row in batch.assistants)
         late = self.head.late(hidden_RD[num_whole:]) if num_whole < hidden_RD.shape[0] else None
         return Scores(self.head.logits(hidden_RD[:num_whole]), late)
+
+    @torch.inference_mode()
+    def layers_only(self, batch: RowBatch, cache: KVCache) -> None:
+        """What a rank does that is asked for no scores: its part of the layers, and its keys and values."""
+        self._hidden(batch, Caches(cache, None))
 
     def _hidden(self, batch: RowBatch, caches: Caches) -> torch.Tensor:
         joins_prompts = self.attention.prefill is not None

@@ -38,8 +38,12 @@ class Head:
 
     @classmethod
     def of(cls, head: nn.Linear, *, is_packed: bool) -> Head:
-        weight_WD = head.weight.detach()
         bias_W = None if head.bias is None else head.bias.detach().float()
+        return cls.of_weight(head.weight.detach(), bias_W, is_packed=is_packed)
+
+    @classmethod
+    def of_weight(cls, weight_WD: torch.Tensor, bias_W: torch.Tensor | None, *, is_packed: bool) -> Head:
+        """`bias_W` in fp32."""
         if weight_WD.is_cuda and weight_WD.dtype != torch.float32:
             return cls(lambda hidden_RD: _mixed_product(hidden_RD, weight_WD, bias_W), weight_WD, bias_W)
         fp32_WD = weight_WD.float()

@@ -19,11 +19,18 @@ import torch
 from platformdirs import user_cache_path
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from uld_serve.errors import ModelUnsupported
 from uld_serve.model.rounding import round_to_int8
+from uld_serve.model.shards import Part, load_part
 
 DType = Literal["auto", "bfloat16", "float32"]
 Weights = Literal["stored", "int8"]
@@ -58,30 +65,41 @@ class Base:
     dtype: torch.dtype
     device: torch.device
     weights: Weights = "stored"
+    part: Part | None = None
+    """Which part of the layers' weights is here; None: all."""
 
 
 def load_base(
-    ref: str | None = None, *, dtype: DType = "auto", device: str = "auto", weights: Weights = "stored"
+    ref: str | None = None,
+    *,
+    dtype: DType = "auto",
+    device: str = "auto",
+    weights: Weights = "stored",
+    part: Part | None = None,
 ) -> Base:
     """Load `ref`: None for the embedded model, a directory, or a Hugging Face id. `weights` "int8" rounds them to int8
-    and back, for evaluations; the fingerprint stays that of what is stored.
+    and back, for evaluations; the fingerprint stays that of what is stored. `part` loads what one rank of several
+    needs, all of which must load at once.
 
     Raises ModelUnsupported when the checkpoint cannot be read, has no safetensors or no tokenizer.
     """
-    folder = embedded_model_dir() if ref is None else _local_dir(ref)
+    folder = model_dir(ref)
     model_id = EMBEDDED_ID if ref is None else _id_of(ref)
     where = torch.device(_resolve_device(device))
     torch_dtype = _resolve_dtype(dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         with _bars_on_a_terminal_only():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch_dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                attn_implementation="sdpa",
-            )
+            if part is not None:
+                model = load_part(folder, torch_dtype, part)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=torch_dtype,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    attn_implementation="sdpa",
+                )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelUnsupported(f"model {ref!r} cannot be loaded: {_first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -99,11 +117,12 @@ def load_base(
         vocab_size=min(len(tokenizer), int(model.get_output_embeddings().weight.shape[0])),
         head_width=int(model.get_output_embeddings().weight.shape[0]),
         num_layers=int(model.config.get_text_config().num_hidden_layers),
-        eos_ids=_eos_ids(model, tokenizer),
+        eos_ids=ending_ids(model.generation_config, tokenizer),
         dtype=torch_dtype,
         # With its number: `cuda` is not equal to the `cuda:0` of the tensors there.
         device=model.device,
         weights=weights,
+        part=part,
     )
 
 
@@ -119,9 +138,9 @@ def _bars_on_a_terminal_only() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+def ending_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """Tokens that end a text: those of the generation config (chat models may have several) or the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
+    configured = generation.eos_token_id if generation else None
     ids = configured if isinstance(configured, list) else [configured]
     return tuple(sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}))
 
@@ -157,6 +176,12 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
         state.pop(setting, None)
     canonical = json.dumps(state, sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+
+
+def model_dir(ref: str | None) -> Path:
+    """Where a model's files lie: the embedded one (None), a directory, or a Hugging Face id, which is fetched. Raises
+    ModelUnsupported."""
+    return embedded_model_dir() if ref is None else _local_dir(ref)
 
 
 def cache_dir() -> Path:

@@ -4,6 +4,7 @@ wrong is refused here, before the address answers."""
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from uld_serve.assembly import Assembly, assemble
 from uld_serve.config import EngineConfig
+from uld_serve.engine.ranks import Ranks
 from uld_serve.server import logs
 from uld_serve.server.catalog import Catalog
 from uld_serve.server.fine_tuning.premises import Premises
@@ -24,6 +26,7 @@ from uld_serve.server.listener import Listener, bound_socket
 from uld_serve.server.reload import Reloader
 from uld_serve.server.serving import Serving, catalog_from, telemetry_of
 from uld_serve.server.settings import ServerSettings, check_profiles_exist, checked_settings, read_settings
+from uld_serve.server.sharing import Sharing
 from uld_serve.server.telemetry import Telemetry
 
 ENGINE_SIZES = {
@@ -46,7 +49,18 @@ ENGINE_SIZES = {
         "room that samplers of recorded steps share, GPU only (default: for the most requests, two profiles each)",
     ),
 }
-OVERRIDES = ("model", "profiles", "host", "port", "dtype", "device", *ENGINE_SIZES, "audit_log", "playground")
+OVERRIDES = (
+    "model",
+    "profiles",
+    "host",
+    "port",
+    "dtype",
+    "device",
+    "tensor_parallel",
+    *ENGINE_SIZES,
+    "audit_log",
+    "playground",
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,6 +79,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        metavar="N",
+        help="share the model between N processes, one a device (default: 1, or as many as torchrun has started)",
+    )
     for name, (unit, what) in ENGINE_SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar=unit, help=what)
     parser.add_argument(
@@ -82,14 +102,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGTERM or Ctrl-C; 0 after a clean stop. Raises UldError when it cannot start."""
+    """Serve until SIGTERM or Ctrl-C; 0 after a clean stop, 1 if a process that shared the model was lost.
+
+    Raises UldError when it cannot start."""
     early = EarlyHangup()
     with ExitStack() as bound:
         if args.config is not None:  # from before it is read: what changes from now on must not be missed
             bound.enter_context(early.noted())
         settings = settings_of(args)
-        keys = safe_keys(settings)
         logs.configure(settings.log)
+        sharing = Sharing.of(settings, os.environ)
+        if sharing.follows:
+            return sharing.follow()
+        keys = safe_keys(settings)
         telemetry = telemetry_of(settings)
         console = Console(stderr=True, highlight=False)
         sock = bound.enter_context(bound_socket(settings.host, settings.port))
@@ -99,8 +124,9 @@ def run(args: argparse.Namespace) -> int:
         premises = None if settings.fine_tuning is None else Premises.open(settings.fine_tuning)
         if premises is not None:
             bound.callback(premises.close)
+        ranks = bound.enter_context(sharing.led())
         with console.status("loading the model and its profiles"):
-            assembly = _assemble(settings, [] if premises is None else premises.live)
+            assembly = _assemble(settings, [] if premises is None else premises.live, ranks)
             check_profiles_exist(settings.keys, assembly.registry)
         catalog = catalog_from(assembly, settings, keys)
         serving = Serving(
@@ -121,7 +147,8 @@ def run(args: argparse.Namespace) -> int:
             _print_banner(console, catalog, addresses, memory=memory, is_open=keys.is_open)
             early.send_again()
 
-        return _serve(serving.listener(on_ready=on_ready), sock)
+        _serve(serving.listener(on_ready=on_ready), sock)
+        return 1 if sharing.is_lost else 0
 
 
 class EarlyHangup:
@@ -157,7 +184,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
     return checked_settings(settings.model_dump(exclude_unset=True) | given, source="command line")
 
 
-def _assemble(settings: ServerSettings, made: Sequence[Path]) -> Assembly:
+def _assemble(settings: ServerSettings, made: Sequence[Path], ranks: Ranks | None) -> Assembly:
     return assemble(
         settings.model,
         profiles=settings.profiles,
@@ -165,6 +192,7 @@ def _assemble(settings: ServerSettings, made: Sequence[Path]) -> Assembly:
         dtype=settings.dtype,
         device=settings.device,
         settings=settings.engine,
+        ranks=ranks,
     )
 
 
@@ -175,7 +203,7 @@ def _reloader(args: argparse.Namespace, settings: ServerSettings, telemetry: Tel
     return Reloader(settings, read=lambda: settings_of(args), ring=safe_keys, audit=telemetry.audit)
 
 
-def _serve(listener: Listener, sock: socket.socket) -> int:
+def _serve(listener: Listener, sock: socket.socket) -> None:
     # uvicorn raises the signal again once it has stopped; ours make that a clean exit.
     before = {number: signal.signal(number, _already_stopped) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -183,7 +211,6 @@ def _serve(listener: Listener, sock: socket.socket) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 0
 
 
 def _already_stopped(_number: int, _frame: FrameType | None) -> None:

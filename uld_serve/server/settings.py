@@ -133,6 +133,7 @@ class ServerSettings(BaseModel):
     port: Port = 8000
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "auto"
+    tensor_parallel: Annotated[int | None, Field(ge=1, le=64)] = None
     max_model_len: Annotated[int | None, Field(ge=1)] = None
     max_num_seqs: Annotated[int | None, Field(ge=1)] = None
     kv_cache_bytes: Annotated[int | None, Field(ge=1)] = None

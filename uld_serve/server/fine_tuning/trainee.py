@@ -20,6 +20,8 @@ from pathlib import Path
 
 from uld_serve.server.keys import ADMIN_KEY_VARIABLE, KEY_VARIABLE
 
+# What torchrun tells the processes that share a model; a training is none of them, and would wait for the others.
+OF_A_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 LOG = "log.txt"
 NICENESS = 10
 LINE_BYTES = 2**20
@@ -109,7 +111,7 @@ class Trainee:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if name not in (KEY_VARIABLE, ADMIN_KEY_VARIABLE)
+            if name not in (KEY_VARIABLE, ADMIN_KEY_VARIABLE) and not name.startswith(OF_A_GROUP)
         }
         return kept if self.threads is None else {**kept, "OMP_NUM_THREADS": str(self.threads)}
 
