@@ -51,9 +51,12 @@ def test_a_refusal_has_the_commands_words_and_a_crash_has_none(
 def test_it_has_no_keys_few_threads_and_low_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ULD_SERVE_API_KEY", "k" * 20)
     monkeypatch.setenv("ULD_SERVE_ADMIN_KEY", "k" * 20)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
     instead(
         monkeypatch,
-        "import os, time; time.sleep(0.3); print([n for n in os.environ if 'ULD_SERVE' in n], "
+        "import os, time; time.sleep(0.3); "
+        "print([n for n in os.environ if 'ULD_SERVE' in n or 'RANK' in n or 'ELASTIC' in n or 'MASTER' in n], "
         "os.environ['OMP_NUM_THREADS'], os.getpriority(os.PRIO_PROCESS, 0), os.getcwd())",
     )
     _, [line] = run(tmp_path, threads=2)
