@@ -16,7 +16,8 @@ UldError                       500 server_error
 ├── ModelUnsupported           500                          this base cannot be served, and why
 ├── DataError                  400                          training or evaluation input is unusable
 ├── NumericalError             500 numerical_error          NaN or inf in a stream's logits; ends one request
-└── EngineStopped              503 engine_stopped           the step loop is down
+├── EngineStopped              503 engine_stopped           the step loop is down
+└── RequestTimeout             503 request_timeout          it ran longer than the server lets a request run
 """
 
 from __future__ import annotations
@@ -118,3 +119,8 @@ class NumericalError(UldError):
 class EngineStopped(UldError):
     status = 503
     code = "engine_stopped"
+
+
+class RequestTimeout(UldError):
+    status = 503
+    code = "request_timeout"
