@@ -42,7 +42,7 @@ STATUSES = {
     415: "The body is not plain JSON in UTF-8, or not a form where a file is uploaded.",
     429: "The queue or the key's share is full; `Retry-After` says when to come back.",
     500: "The server failed; `numerical_error` and `nothing_kept` mean that no token could be drawn under the profile.",
-    503: "The engine is stopping or down.",
+    503: "The engine is stopping or down, or the request ran longer than the server lets one run (`request_timeout`).",
 }
 Json = dict[str, object]
 

@@ -16,7 +16,8 @@ UldError                       500 server_error
 ├── ModelUnsupported           500                          this base cannot be served, and why
 ├── DataError                  400                          training or evaluation input is unusable
 ├── NumericalError             500 numerical_error          NaN or inf in a stream's logits; ends one request
-└── EngineStopped              503 engine_stopped           the step loop is down
+├── EngineStopped              503 engine_stopped           the step loop is down
+└── RequestTimeout             503 request_timeout          it ran longer than the server lets a request run
 """
 
 from __future__ import annotations
@@ -124,3 +125,8 @@ class RanksLost(EngineStopped):
     """One of the processes that share a model is gone: no step can be run any more."""
 
     code = "ranks_lost"
+
+
+class RequestTimeout(UldError):
+    status = 503
+    code = "request_timeout"

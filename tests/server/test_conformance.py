@@ -282,3 +282,15 @@ def test_schema_that_cannot_be_compiled_is_400_and_names_the_field(real: RealSer
 def test_answer_cut_off_inside_its_json_finishes_by_length(real: RealServer) -> None:
     cut = real.ask(CHAT, {**LEAST[CHAT], "response_format": {"type": "json_object"}, "max_tokens": 2})
     assert cut.finish == "length"
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize(
+    ("field", "value"), [("logit_bias", {"9999": 1}), ("stop_token_ids", [9999]), ("min_tokens", 9)]
+)
+def test_value_that_does_not_fit_the_model_is_400_and_names_the_field(
+    real: RealServer, path: str, field: str, value: object
+) -> None:
+    response = real.live.post(path, {**LEAST[path], field: value})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == field

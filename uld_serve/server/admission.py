@@ -127,6 +127,7 @@ class Admitted(Generic[RequestT]):
                 decision=self.decision,
                 policy=self.policy,
                 in_flight=self._backend.in_flight,
+                timeout_s=self.catalog.limits.request_timeout_s,
                 watch=watch,
                 request_id=self.id,
                 n=n,

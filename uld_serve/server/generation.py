@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from uld_serve.engine.async_engine import AsyncEngine
 from uld_serve.engine.plan import Decision
 from uld_serve.engine.request import Delta, Receipt, SamplingParams, TokenLogprob
-from uld_serve.errors import EngineStopped, UldError
+from uld_serve.errors import EngineStopped, RequestTimeout, UldError
 from uld_serve.server.in_flight import InFlight, Item
 from uld_serve.server.policy import KeyPolicy
 from uld_serve.server.responses import FinishReason
@@ -105,11 +105,13 @@ class Generation:
         decision: Decision,
         policy: KeyPolicy,
         in_flight: InFlight,
+        timeout_s: float,
         watch: Watch,
         request_id: str,
         n: int,
     ) -> Generation:
-        """Submit every choice and wait for the first Delta of any. Raises what the engine refuses with."""
+        """Submit every choice and wait for the first Delta of any. Raises what the engine refuses with, and
+        RequestTimeout when not all choices have finished in time."""
         streams = [
             engine.stream(
                 choice.prompt.token_ids,
@@ -121,7 +123,7 @@ class Generation:
             )
             for index, choice in enumerate(choices)
         ]
-        merged = _merged(streams, policy=policy, decision=decision, in_flight=in_flight)
+        merged = _merged(streams, policy=policy, decision=decision, in_flight=in_flight, timeout_s=timeout_s)
         rest = _watched(_checked(merged, decision), watch)
         first = await anext(rest)
         receipt = first[1].receipt
@@ -148,10 +150,19 @@ def finish_reason(delta: Delta) -> FinishReason | None:
 
 
 async def _merged(
-    streams: Sequence[AsyncIterator[Delta]], *, policy: KeyPolicy, decision: Decision, in_flight: InFlight
+    streams: Sequence[AsyncIterator[Delta]],
+    *,
+    policy: KeyPolicy,
+    decision: Decision,
+    in_flight: InFlight,
+    timeout_s: float,
 ) -> AsyncGenerator[tuple[int, Delta], None]:
     """Deltas of all streams as they come. The first failure ends all of them."""
     with in_flight.entered(policy, decision) as queue:
+        late = RequestTimeout(
+            f"the request did not end within {timeout_s:g} s; ask for fewer tokens or choices"
+        )
+        timer = asyncio.get_running_loop().call_later(timeout_s, queue.put_nowait, late)
         pumps = [asyncio.create_task(_pump(index, stream, queue)) for index, stream in enumerate(streams)]
         try:
             running = set(range(len(pumps)))
@@ -171,6 +182,7 @@ async def _merged(
                     running.remove(index)
                 yield index, delta
         finally:
+            timer.cancel()
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)

@@ -21,7 +21,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Limits(BaseModel):
-    """Bounds of the HTTP edge, in bytes and seconds."""
+    """Bounds of the HTTP edge, in bytes and seconds. `request_timeout_s`: from admission to the last token."""
 
     model_config = _FROZEN
 
@@ -29,6 +29,7 @@ class Limits(BaseModel):
     header_bytes: Annotated[int, Field(ge=1024, le=2**20)] = 32 * 1024
     read_timeout_s: Annotated[float, Field(gt=0)] = 15.0
     write_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    request_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     grace_s: Annotated[float, Field(ge=0)] = 20.0
     heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 60.0
 
