@@ -7,9 +7,11 @@ CLIENT_PINS := langchain-openai==1.7.3 litellm==1.106.2 llm==0.36
 RAY := .venv/ray
 BROWSER_PIN := playwright==1.65.2
 JS_CLIENT_PIN := openai@6.30.1
-# The maintainers' tools, with hashes too. LOCK_TORCH says where the CPU-only wheels of PyTorch are looked for.
+# The maintainers' tools, with hashes too. LOCK_TORCH and LOCK_PIP say where uv and pip look
+# for the CPU-only wheels of PyTorch.
 TOOLS := .venv/tools
 LOCK_TORCH ?= --torch-backend cpu
+LOCK_PIP ?= --extra-index-url https://download.pytorch.org/whl/cpu
 LOCK := $(TOOLS)/bin/uv pip compile --quiet --upgrade --generate-hashes --no-header --no-annotate --no-emit-index-url \
   --no-emit-find-links --python-version 3.11 --python-platform x86_64-manylinux_2_28
 # Tests use local files only; a test that reaches for a model hub should fail here as it would offline.
@@ -151,10 +153,13 @@ sbom: tools out/locked/.ready
 	$(TOOLS)/bin/cyclonedx-py environment out/locked/bin/python --pyproject pyproject.toml --output-reproducible \
 	  -o out/sbom.cdx.json
 
+# cuda.txt has the same versions under the names by which vulnerabilities are known, and NVIDIA's libraries besides.
+# --strict: what could not be looked up fails.
 audit: sbom
-	$(TOOLS)/bin/pip-audit --disable-pip --require-hashes --no-deps -r deploy/locks/cpu.txt
-	$(TOOLS)/bin/pip-audit --disable-pip --require-hashes --no-deps -r deploy/locks/build.txt
 	$(PYTHON) deploy/licences.py out/sbom.cdx.json
+	for lock in cuda build model; do \
+	  $(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r deploy/locks/$$lock.txt || exit 1; \
+	done
 
 deploy-lint: tools
 	$(TOOLS)/bin/python deploy/lint.py

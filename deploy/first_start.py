@@ -20,7 +20,7 @@ PREAMBLE = 'set -euo pipefail\nsudo() { "$@"; }\n'
 SECRET = "Hogwarts"
 SERVER, ADMIN, PROXY, PROMETHEUS = (f"http://127.0.0.1:{port}" for port in (8000, 8001, 8080, 9090))
 MODEL = "smollm2-135m-instruct"
-TRAFFIC = 60
+TRAFFIC = 30
 
 
 def run(tree: Path, environment: Mapping[str, str]) -> int:

@@ -61,6 +61,14 @@ def test_components_name_a_licence_that_is_on_the_list(
     assert ("p 1" in result.stderr) is not allowed
 
 
+def test_audit_fails_on_what_could_not_be_looked_up() -> None:
+    """By itself pip-audit skips it, and is content."""
+    makefile = (SCRIPT.parent.parent / "Makefile").read_text("utf-8")
+    audits = [line for line in makefile.splitlines() if "/pip-audit " in line]
+    assert audits
+    assert all("--strict" in line for line in audits)
+
+
 def test_an_empty_bill_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sbom.json").write_text('{"components": []}')
     assert subprocess.run([sys.executable, SCRIPT, tmp_path / "sbom.json"], check=False).returncode == 1
