@@ -152,7 +152,7 @@ async def _merged(
 ) -> AsyncGenerator[tuple[int, Delta], None]:
     """Deltas of all streams as they come. The first failure ends all of them."""
     with in_flight.entered(policy, decision) as queue:
-        pumps = [asyncio.create_task(_pump(index, stream, queue)) for index, stream in enumerate(streams)]
+        pumps = [_pumping(index, stream, queue) for index, stream in enumerate(streams)]
         try:
             running = set(range(len(pumps)))
             while running:
@@ -176,13 +176,17 @@ async def _merged(
             await asyncio.gather(*pumps, return_exceptions=True)
 
 
+def _pumping(index: int, stream: AsyncIterator[Delta], queue: asyncio.Queue[Item]) -> asyncio.Task[None]:
+    """However it ends, also before it has begun, the queue is told."""
+    task = asyncio.create_task(_pump(index, stream, queue))
+    task.add_done_callback(lambda _: queue.put_nowait((index, None)))
+    return task
+
+
 async def _pump(index: int, stream: AsyncIterator[Delta], queue: asyncio.Queue[Item]) -> None:
     # Cancelling this task raises inside the stream, which aborts its request.
-    try:
-        async for delta in stream:
-            queue.put_nowait((index, delta))
-    finally:
-        queue.put_nowait((index, None))
+    async for delta in stream:
+        queue.put_nowait((index, delta))
 
 
 async def _checked(
