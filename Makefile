@@ -17,14 +17,16 @@ LOCK := $(TOOLS)/bin/uv pip compile --quiet --upgrade --generate-hashes --no-hea
 # Tests use local files only; a test that reaches for a model hub should fail here as it would offline.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-.PHONY: help setup demo test test-slow ray-test gpu-test gpu-sanitize kernel-compile lint types check format clean api-docs clients-test \
-  page-test vllm-test tools lock sbom audit deploy-lint deploy-test
+.PHONY: help setup demo test test-full test-aims soak test-slow ray-test gpu-test gpu-sanitize kernel-compile lint types check \
+  format clean api-docs clients-test page-test vllm-test tools lock sbom audit deploy-lint deploy-test
 
 help:
 	@echo "make demo       one question, two answers, through a real server"
 	@echo "make test       the test suite, on CPU"
 	@echo "make setup      .venv with the pinned packages, and the embedded model"
 	@echo "make check      lint, types and tests: what CI runs"
+	@echo "make test-full  make test, and every gate of docs/reliability.md at its full count; make test-aims: its aims"
+	@echo "make soak       ten minutes of mixed traffic with faults (SOAK_S=3600: an hour)"
 	@echo "make test-slow  the tests that take minutes; make gpu-test: those that need a CUDA device"
 	@echo "make gpu-sanitize  one pass of every kernel under compute-sanitizer, on a CUDA device"
 	@echo "make kernel-compile  lower every kernel variant to PTX for sm_80 and sm_90, without a GPU"
@@ -58,6 +60,23 @@ demo: setup
 
 test: setup
 	$(PYTEST)
+
+# The reliability table (docs/reliability.md): every gate at its full count, and the aims. RESULTS names a file that what
+# was reached is appended to, one line a test.
+RESULTS ?= $(CURDIR)/reliability.jsonl
+ROWS := tests/reliability tests/server/test_http_fuzz.py tests/server/test_no_weaker_decision.py \
+  tests/profiles/test_mutations.py tests/ops/test_sampler.py tests/engine/test_random_batches.py
+test-full: setup
+	$(PYTEST)
+	ULD_TEST_SCALE=gate ULD_TEST_RESULTS=$(RESULTS) $(PYTEST) -m "not gpu" --timeout 7200 $(ROWS)
+
+SOAK_S ?= 600
+soak: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/reliability/soak.py --seconds $(SOAK_S)
+
+# Hours.
+test-aims: setup
+	ULD_TEST_SCALE=aim ULD_TEST_RESULTS=$(RESULTS) $(PYTEST) -m "not gpu" --timeout 86400 $(ROWS)
 
 test-slow: setup
 	$(PYTEST) -m "slow and not gpu" --timeout 1800

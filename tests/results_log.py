@@ -15,7 +15,7 @@ from scale import SCALE
 
 
 def note(item: pytest.Item, report: pytest.TestReport) -> None:
-    """`@pytest.mark.row("…")` names the row; `record_property` gives the counts."""
+    """`@pytest.mark.row("…")` names the row, and its count or `record_property` does."""
     marker, path = item.get_closest_marker("row"), os.environ.get("ULD_TEST_RESULTS")
     if marker is None or path is None or report.when != "call" or report.skipped:
         return
@@ -27,6 +27,7 @@ def note(item: pytest.Item, report: pytest.TestReport) -> None:
         "seconds": round(report.duration, 1),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": _commit(),
+        **marker.kwargs,
         **dict(report.user_properties),
     }
     with Path(path).open("a") as file:

@@ -169,6 +169,24 @@ def test_a_dead_step_loop_ends_every_stream_and_shows(
     asyncio.run(main())
 
 
+def test_who_asked_for_what_the_step_loop_died_of_is_told_too(
+    started: Callable[..., tuple[Engine, AsyncEngine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, engine = started()
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    async def main() -> None:
+        monkeypatch.setattr(engine, "_add", fail)
+        async with asyncio.timeout(5):
+            with pytest.raises(EngineStopped):
+                await collect(engine, "r", Decision.base())
+        assert engine.num_open == 0
+
+    asyncio.run(main())
+
+
 def test_the_words_of_an_unexpected_error_are_in_no_log_message(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

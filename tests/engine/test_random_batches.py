@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 from kept_profiles import OWN, Kept
+from scale import scaled
 from tiny_base import RULES, Tiny
 
 from uld_serve.engine.engine import Engine
@@ -19,6 +20,7 @@ from uld_serve.errors import Overloaded
 NAMES = [name for pair in zip(RULES, list(OWN), strict=False) for name in pair] + list(OWN)[len(RULES) :]
 ADAPTS_TARGET = {name for name, recipe in OWN.items() if recipe.adapts_target}
 NUM_JOBS = 75
+NUM_ROUNDS = scaled(fast=2000, gate=2000, aim=100_000)
 KV_BYTES_PER_TOKEN = 512
 
 
@@ -139,8 +141,14 @@ def test_random_batches_equal_solo_runs(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
+@pytest.mark.row("mixed batches equal solo runs")
+@pytest.mark.timeout(36000)
 def test_two_thousand_random_batches_equal_solo_runs(
-    tiny: Tiny, kept: Kept, make_kept_engine: Callable[..., Engine], alone: list[list[int]]
+    tiny: Tiny,
+    kept: Kept,
+    make_kept_engine: Callable[..., Engine],
+    alone: list[list[int]],
+    record_property: Callable[[str, object], None],
 ) -> None:
-    assert sum(run_round(tiny, kept, make_kept_engine, alone, seed) for seed in range(2000)) > 0
+    assert sum(run_round(tiny, kept, make_kept_engine, alone, seed) for seed in range(NUM_ROUNDS)) > 0
+    record_property("count", NUM_ROUNDS)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scale import scaled
 from uld_kernels import SampleOutput, SampleRow, Term, fused_sample, fused_score, rules
 
 VOCAB = 41
+NUM_SAMPLED = scaled(fast=200, gate=20_000, aim=1_000_000)
 PROTECTED = torch.tensor([0, 40])
 SUBTRACT = Term(
     rules.SUBTRACT, 0.75, 1, row_a=1, filter_mode=rules.PLAUSIBILITY, tau=0.01, min_keep=12, protect=True
@@ -69,7 +71,9 @@ def sample_rows(draw: st.DrawFn) -> SampleRow:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.row("sampler properties: drawn token always in the kept set", count=NUM_SAMPLED)
+@pytest.mark.timeout(36000)
+@settings(max_examples=NUM_SAMPLED, deadline=None)
 @given(st.integers(0, 10**6), sample_rows())
 def test_token_and_scores_equal_the_dense_oracle_for_any_parameters(seed: int, row: SampleRow) -> None:
     logits_RV = random_logits(seed)

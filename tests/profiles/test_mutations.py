@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load, save
+from scale import scaled
 from tiny_profile import FACTS
 
 from uld_serve.errors import ProfileCorrupt, ProfileError
@@ -22,7 +23,7 @@ from uld_serve.profiles.store import read_profile
 
 Maker = Callable[..., tuple[Path, ProfileVersion]]
 Mutation = Callable[[Path, random.Random], str]
-SEEDS_EACH = 20
+SEEDS_EACH = scaled(fast=20, gate=25, aim=420)
 WEIGHTS = "adapter/adapter_model.safetensors"
 CONFIG = "adapter/adapter_config.json"
 JSON_FILES = ("profile.json", "probes.json", "training.json", CONFIG)
@@ -308,8 +309,14 @@ MUTATIONS: tuple[Mutation, ...] = (
 )
 
 
+@pytest.mark.row("profile directory mutation")
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_damage_is_refused_by_name(make_profile: Maker, tmp_path: Path, mutation: Mutation) -> None:
+def test_damage_is_refused_by_name(
+    make_profile: Maker,
+    tmp_path: Path,
+    mutation: Mutation,
+    record_property: Callable[[str, object], None],
+) -> None:
     original, _ = make_profile()
     for seed in range(SEEDS_EACH):
         rng = random.Random(f"{mutation.__name__} {seed}")
@@ -324,6 +331,7 @@ def test_damage_is_refused_by_name(make_profile: Maker, tmp_path: Path, mutation
         assert "'acme'" in caught.value.message
         assert len(caught.value.message) < 1000
     read_profile(original)
+    record_property("count", SEEDS_EACH)
 
 
 def test_a_symlinked_profile_directory_is_refused(make_profile: Maker, tmp_path: Path) -> None:

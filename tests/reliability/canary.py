@@ -24,7 +24,7 @@ from uld_serve.engine.plan import Applied, Decision
 from uld_serve.model.loading import Base, load_base
 from uld_serve.profiles.probes import Probes, ReplayProbe
 from uld_serve.profiles.profile import Profile, ProfileVersion, RuleSpec, StreamSpec
-from uld_serve.profiles.store import write_profile
+from uld_serve.profiles.store import read_profile, write_profile
 
 # One profile a way of being run; its canary is a letter, which is a token.
 CANARIES = {"late": "A", "truncated": "B", "pair": "C", "ranked": "D", "own": "E", "distilled": "F"}
@@ -182,6 +182,12 @@ class CanaryModel:
             for name in names
         }
         return cls(folder, root / "profiles", versions)
+
+    @classmethod
+    def found(cls, root: Path) -> CanaryModel:
+        """One that was written there."""
+        versions = {name: read_profile(root / "profiles" / name) for name in NAMES}
+        return cls(root / "tiny-llama", root / "profiles", versions)
 
     def second_versions(self, root: Path) -> None:
         """Beside the first ones, as NAME-2."""

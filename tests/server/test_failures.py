@@ -16,6 +16,7 @@ from live_server import MODEL, LiveServer, wait_until
 
 from uld_serve.engine.request import Receipt, ReceiptEntry
 from uld_serve.errors import EngineStopped, NumericalError, Overloaded, PromptTooLong, UldError
+from uld_serve.server import generation
 from uld_serve.server.sse import LAST_WORDS_S
 
 ROUTES = {
@@ -126,6 +127,18 @@ def test_one_failing_choice_ends_the_others(server: LiveServer) -> None:
     server.engine.fail_after = (4, NAN)
     assert server.post("/v1/completions", ROUTES["/v1/completions"] | {"n": 4}).status_code == 500
     wait_until(lambda: server.engine.num_running == 0)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_choice_that_fails_before_it_begins_ends_its_request(
+    server: LiveServer, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(generation, "_pump", fail)
+    assert server.post(path, ROUTES[path]).status_code == 500
+    assert len(server.backend.in_flight) == 0
 
 
 WRONG: dict[str, Callable[[Call], Receipt | None]] = {

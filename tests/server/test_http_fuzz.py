@@ -1,4 +1,4 @@
-"""Five hundred seeded mutations of good requests, as bytes on a socket: every answer is below 500 or a closed
+"""Seeded mutations of good requests, as bytes on a socket: every answer is below 500 or a closed
 connection, and the server answers a good request afterwards."""
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import pytest
 from live_server import MODEL, LiveServer
+from scale import scaled
 
 from uld_serve.server.settings import Limits
 
-SEED, CASES = 20_240_611, 500
+SEED, CASES = 20_240_611, scaled(fast=500, gate=20_000, aim=1_000_000)
 GOOD = [
     (
         "/v1/completions",
@@ -114,7 +115,11 @@ def status_of(server: LiveServer, request: bytes) -> int | None:
     return int(line.split(b" ")[1]) if line else None
 
 
-def test_mutated_requests_never_give_a_5xx(start_server: Callable[..., LiveServer]) -> None:
+@pytest.mark.row("raw HTTP mutation")
+@pytest.mark.timeout(36000)
+def test_mutated_requests_never_give_a_5xx(
+    start_server: Callable[..., LiveServer], record_property: Callable[[str, object], None]
+) -> None:
     server = start_server(limits=Limits(read_timeout_s=0.1))  # many promise more bytes than they send
     rng = random.Random(SEED)
     statuses: dict[int | None, int] = {}
@@ -127,3 +132,5 @@ def test_mutated_requests_never_give_a_5xx(start_server: Callable[..., LiveServe
     assert statuses.get(200, 0) >= 10, statuses  # some mutations are harmless: the fuzz does reach the engine
     assert statuses.get(400, 0) > 100, statuses
     assert server.post("/v1/completions", {"model": MODEL, "prompt": "Hi"}).status_code == 200
+    record_property("count", CASES)
+    record_property("statuses", {str(status): n for status, n in statuses.items()})

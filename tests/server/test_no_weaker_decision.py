@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live_server import MODEL, LiveServer
+from scale import scaled
 
+NUM_BODIES = scaled(fast=150, gate=5000, aim=100_000)
 NAMES = ["acme", "secret", "harry-potter"]
 KEYS = ["forget_profile"] * 4 + [
     "\\u0066orget_profile",
@@ -53,8 +55,10 @@ def mentioned(*texts: str) -> set[str]:
     return {name for name in NAMES if name in everything}
 
 
+@pytest.mark.row("JSON semantics", count=NUM_BODIES)
+@pytest.mark.timeout(36000)
 @given(fields=fields, suffix=suffix, headers=headers, path=path, data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=NUM_BODIES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_profile_that_is_named_is_applied_or_the_request_refused(
     server: LiveServer,
     fields: list[tuple[str, object]],

@@ -61,7 +61,9 @@ class AsyncEngine:
         self._schemas = SchemaQueue(engine.grammars)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # touched by the step loop's thread only
-        self._num_open = 0  # touched by event loops only
+        self._open: set[_Stream] = (
+            set()
+        )  # touched by event loops only, but for a look when the step loop ends
         self._thread = threading.Thread(target=self._run, name="uld-step-loop", daemon=True)
         self._beat = time.monotonic()
         self._is_stopping = False
@@ -92,7 +94,7 @@ class AsyncEngine:
     @property
     def num_open(self) -> int:
         """Streams that have not ended."""
-        return self._num_open
+        return len(self._open)
 
     def start(self) -> None:
         self._thread.start()
@@ -127,15 +129,14 @@ class AsyncEngine:
         grammar = await self._grammar(params, cache_salt)
         self._engine.validate(prompt_ids, params, cache_salt=cache_salt)
         stream = _Stream(request_id, asyncio.get_running_loop(), asyncio.Queue(), grammar)
-        self._inbox.put(lambda: self._add(stream, prompt_ids, params, decision, tenant, cache_salt))
-        if not self.is_alive:
-            # The loop may have ended since it was asked, and nobody would read the inbox again. If it has not, it
-            # must not work for nobody.
-            self._inbox.put(lambda: self._abort(stream))
-            raise self._failure or EngineStopped("the server is stopping; send the request elsewhere")
-        self._num_open += 1
+        self._open.add(stream)
         is_finished = False
         try:
+            self._inbox.put(lambda: self._add(stream, prompt_ids, params, decision, tenant, cache_salt))
+            if not self.is_alive:
+                # The loop may have ended since it was asked, and nobody would read the inbox again. If it has not, it
+                # must not work for nobody.
+                raise self._failure or EngineStopped("the server is stopping; send the request elsewhere")
             while not is_finished:
                 item = await stream.queue.get()
                 is_finished = isinstance(item, UldError) or item.finish_reason is not None
@@ -143,7 +144,7 @@ class AsyncEngine:
                     raise item
                 yield item
         finally:
-            self._num_open -= 1
+            self._open.discard(stream)
             if not is_finished:
                 self._inbox.put(lambda: self._abort(stream))
 
@@ -175,8 +176,8 @@ class AsyncEngine:
         if not self.is_alive:
             raise self._failure or EngineStopped("the server is stopping; send the request elsewhere")
         limit = self._engine.config.max_num_seqs + self._engine.config.max_waiting
-        if self._num_open >= limit:
-            raise Overloaded(f"{self._num_open} requests are in flight; try again later")
+        if self.num_open >= limit:
+            raise Overloaded(f"{self.num_open} requests are in flight; try again later")
 
     def _run(self) -> None:
         try:
@@ -238,11 +239,13 @@ class AsyncEngine:
             stream.put(delta)
 
     def _end_all(self, error: UldError) -> None:
-        """Tell everybody who still waits, also those whose command was never taken."""
+        """Tell everybody who still waits, also those whose command was never taken, or failed."""
         for stream in self._streams.values():
             stream.put(Delta(request_id=stream.request_id, finish_reason="error", error=error))
         self._streams.clear()
         self._is_stopping = True
+        for stream in list(self._open):  # who was told above has ended when this comes
+            stream.put(error)
         with contextlib.suppress(queue.Empty):
             while True:
                 command = self._inbox.get_nowait()

@@ -78,4 +78,5 @@ async def _on_disconnect(_request: Request, _error: Exception) -> Response:
 
 
 async def _on_exception(_request: Request, _error: Exception) -> Response:
-    return error_response(internal_error())  # starlette logs the traceback after this
+    # Starlette raises it again, to be logged, and then uvicorn closes the connection: the client must know.
+    return error_response(internal_error(), headers={"Connection": "close"})

@@ -163,7 +163,7 @@ async def _merged(
             f"the request did not end within {timeout_s:g} s; ask for fewer tokens or choices"
         )
         timer = asyncio.get_running_loop().call_later(timeout_s, queue.put_nowait, late)
-        pumps = [asyncio.create_task(_pump(index, stream, queue)) for index, stream in enumerate(streams)]
+        pumps = [_pumping(index, stream, queue) for index, stream in enumerate(streams)]
         try:
             running = set(range(len(pumps)))
             while running:
@@ -188,13 +188,17 @@ async def _merged(
             await asyncio.gather(*pumps, return_exceptions=True)
 
 
+def _pumping(index: int, stream: AsyncIterator[Delta], queue: asyncio.Queue[Item]) -> asyncio.Task[None]:
+    """However it ends, also before it has begun, the queue is told."""
+    task = asyncio.create_task(_pump(index, stream, queue))
+    task.add_done_callback(lambda _: queue.put_nowait((index, None)))
+    return task
+
+
 async def _pump(index: int, stream: AsyncIterator[Delta], queue: asyncio.Queue[Item]) -> None:
     # Cancelling this task raises inside the stream, which aborts its request.
-    try:
-        async for delta in stream:
-            queue.put_nowait((index, delta))
-    finally:
-        queue.put_nowait((index, None))
+    async for delta in stream:
+        queue.put_nowait((index, delta))
 
 
 async def _checked(
