@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from tiny_base import Tiny
 from uld_serve.errors import InvalidRequest, ModelUnsupported
 from uld_serve.llm import LLM, SamplingParams
 from uld_serve.model.shards import check_divides
+from uld_serve.server.listener import bound_socket
 from uld_serve.server.settings import ServerSettings
 from uld_serve.server.sharing import LOST_GRACE_S, Sharing
 
@@ -42,10 +45,7 @@ def complete(url: str, **fields: object) -> httpx.Response:
 
 
 def other_process(pid: int) -> int:
-    (child,) = (
-        int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        if b"--tensor-parallel" in Path(f"/proc/{word}/cmdline").read_bytes()
-    )  # fmt: skip
+    (child,) = children(pid)
     return child
 
 
@@ -85,6 +85,67 @@ def test_the_other_process_ends_when_the_first_is_killed(shared: served_process.
     while Path(f"/proc/{other}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path(f"/proc/{other}").exists()
+
+
+@pytest.mark.timeout(400)
+def test_torchrun_starts_the_same_and_an_orderly_stop_ends_all(tiny: Tiny) -> None:
+    with bound_socket("127.0.0.1", 0) as sock, bound_socket("127.0.0.1", 0) as other:
+        port, master = sock.getsockname()[1], other.getsockname()[1]
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(master),
+            "-m", "uld_serve", "serve", "--port", str(port), "--model", str(tiny.folder),
+            "--profiles", str(tiny.profiles["late-fork"][0]), "--dtype", "float32",
+            "--kv-cache-bytes", str(2**24),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_ready(url, process)
+        ranks = children(process.pid)
+        assert len(ranks) == 2
+        assert complete(url, max_tokens=4).status_code == 200
+        listening = [rank for rank in ranks if owns_port(rank, port)]
+        assert len(listening) == 1
+        os.kill(listening[0], signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_ready(url: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/ready", timeout=2).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(process.communicate()[0])
+
+
+def children(pid: int) -> list[int]:
+    words = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(word) for word in words if b"uld_serve" in Path(f"/proc/{word}/cmdline").read_bytes()]
+
+
+def owns_port(pid: int, port: int) -> bool:
+    """Whether one of the process's sockets listens there."""
+    inodes = {
+        fields[9]
+        for fields in map(str.split, Path("/proc/net/tcp").read_text().splitlines()[1:])
+        if int(fields[1].split(":")[1], 16) == port and fields[3] == "0A"
+    }
+    links = (os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
+    return any(link.removeprefix("socket:[").rstrip("]") in inodes for link in links)
 
 
 def test_a_model_whose_heads_do_not_divide_is_refused_with_the_numbers(tiny: Tiny) -> None:
