@@ -154,11 +154,11 @@ def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[ServerSe
 def served(tiny: Tiny, made: tuple[ServerSettings, FleetSettings]) -> Iterator[Fleet]:
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
-    from ray.serve._private import client
+    from ray.serve._private import api, client
 
     from uld_serve.fleet import ray_app, ray_service
 
-    client.HTTP_PROXY_TIMEOUT = START_S
+    api.HTTP_PROXY_TIMEOUT = client.HTTP_PROXY_TIMEOUT = START_S
     settings, fleet = made
     folder = fleet.active_file.parent
     expected = {}
