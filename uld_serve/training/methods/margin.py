@@ -97,7 +97,7 @@ def _defaults(num_layers: int) -> Settings:
     """What worked on SmolLM2-135M with some hundred prompts of each kind."""
     return Settings(
         method="margin", fork=max(0, num_layers - LATE_LAYERS), exit=num_layers, steps=300, lr=1e-3, rank=16,
-        strength=1.5, retain_weight=1.0,
+        strength=2.0, dead_zone=2.0, retain_weight=1.0,
     )  # fmt: skip
 
 
