@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 from canary import NAMES, CanaryModel
 from canary_server import CanaryServer, Question, Said, canary_server
-from raw_client import request_bytes
+from raw_client import ask, request_bytes
 from scale import scaled
 
 from uld_serve.server.settings import Limits
@@ -60,8 +60,6 @@ def test_streams_at_once_are_all_whole_and_have_exactly_their_tokens(
 
 async def patient(server: CanaryServer, question: Question) -> Said:
     """Without the limit of a request that waits for nobody."""
-    from raw_client import ask
-
     return Said.of(question, await ask(server.port, question.path, question.json))
 
 
@@ -73,6 +71,7 @@ class Tally:
     problems: list[str] = field(default_factory=list)
 
 
+@pytest.mark.slow
 @pytest.mark.row("overload")
 @pytest.mark.timeout(3600)
 def test_who_is_too_many_is_told_at_once_and_the_others_get_on_as_without_them(
