@@ -192,6 +192,7 @@ def test_what_is_served_follows_the_setting(
         catalog=make_catalog(),
         telemetry=Telemetry(),
         admin_sock=None,
+        premises=None,
         reloader=None,
     )
     app = serving.listener(on_ready=lambda: None).config.app
