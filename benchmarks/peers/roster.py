@@ -83,6 +83,13 @@ PEERS = {
     "vllm-cpu-unlearned": Peer(
         "vllm_cpu.py", ("--profile", PROFILE), f"{VLLM} with uld-serve's plugin and a profile", plugin_python
     ),
+    "vllm-cpu-eager": Peer("vllm_cpu.py", ("--eager",), f"{VLLM}, base only, not compiled", vllm_python),
+    "vllm-cpu-unlearned-eager": Peer(
+        "vllm_cpu.py",
+        ("--profile", PROFILE, "--eager"),
+        f"{VLLM} with uld-serve's plugin and a profile, not compiled",
+        plugin_python,
+    ),
     "hf-processor": Peer("hf_processor.py", (), "transformers generate, assistant with KV cache", our_python),
     "uld-published": Peer(
         "hf_processor.py",

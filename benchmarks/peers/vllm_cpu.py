@@ -11,6 +11,9 @@ from peer import Job, options, work
 def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--profile", help="forget with this built-in profile; default: the base alone")
+    parser.add_argument(
+        "--eager", action="store_true", help="do not compile: starts minutes earlier, and is slower"
+    )
     args = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     # Left alone it keeps one core for its front end and computes on the others only.
@@ -18,13 +21,14 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     from vllm import LLM, SamplingParams  # only now: it reads its settings when imported
 
-    arguments = {"model": args.model}
+    arguments: dict[str, object] = {"model": args.model}
     if args.profile is not None:
         from uld_serve.vllm_plugin.orders import Orders, ServerArguments
 
         # The embedded model, which is what --model names: only it has built-in profiles.
         arguments = ServerArguments.of(None, Orders(profiles=(args.profile,))).keywords
-    llm = LLM(**arguments, dtype="bfloat16", max_model_len=2048, max_num_seqs=args.max_batch)
+    arguments |= {"dtype": "bfloat16", "max_model_len": 2048, "enforce_eager": args.eager}
+    llm = LLM(**arguments, max_num_seqs=args.max_batch)
 
     def generate(job: Job) -> int:
         params = SamplingParams(max_tokens=job.new_tokens, temperature=0.0, ignore_eos=True)

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from kept_profiles import write_kept
 from tiny_base import RULES, Tiny, write_base, write_tiny_profile
 
 from uld_serve.llm import LLM, SamplingParams
@@ -38,6 +39,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         path = root / "profiles" / name
         version = write_tiny_profile(path, base, folder, rule=rule, streams=streams, seed=10 * seed)
         profiles[name] = (path, version)
+    profiles |= write_kept(root / "kept", base, folder).profiles
     return Tiny(folder, base, profiles)
 
 
@@ -104,10 +106,18 @@ def test_replay_probes_score_as_training_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("truncated",), ("pair",), ("ranked",), ("late-fork", "all-layers")], ids="+".join
+    ("names", "is_compiled"),
+    [
+        (("late-fork", "all-layers"), True),
+        (("pair",), False),
+        (("ranked",), False),
+        # An assistant with keys and values of its own, one that leaves early, and an adapter on the target.
+        (("own-and-borrowed", "truncated", "adapted-late"), False),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else None,
 )
 def test_every_rule_and_composition_gives_our_tokens(
-    wide: Tiny, tmp_path: Path, names: tuple[str, ...]
+    wide: Tiny, tmp_path: Path, names: tuple[str, ...], is_compiled: bool
 ) -> None:
     roots = [wide.profiles[name][0] for name in names]
     llm = LLM(str(wide.folder), profiles=roots, dtype="float32")
@@ -117,10 +127,11 @@ def test_every_rule_and_composition_gives_our_tokens(
     job = {
         "model": str(wide.folder),
         "orders": {"profiles": names, "directories": [str(root) for root in roots]},
-        "engine": {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4, "enforce_eager": True},
+        "engine": {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4},
         "prompts": prompts,
         "params": [{"max_tokens": 12, "ignore_eos": True}] * len(prompts),
     }
+    job["engine"]["enforce_eager"] = not is_compiled
     assert [tuple(one["token_ids"]) for one in answers(tmp_path, job)] == ours
 
 
