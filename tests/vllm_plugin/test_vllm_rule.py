@@ -88,6 +88,16 @@ def test_a_stream_that_is_not_finite_stops_the_step_and_gives_no_logits(tiny: Ti
     assert rehearsed[2].eq(-torch.inf).all()
 
 
+def test_an_assistant_that_lost_its_adapter_on_the_way_stops_the_first_step(tiny: Tiny) -> None:
+    rule = rule_of(tiny, "late-fork")
+    rows = hidden(rule)
+    same = torch.cat([rows[:, :D], rows[:, :D]], dim=1)
+    with pytest.raises(AssertionError, match="its adapter is not applied"):
+        rule.logits(same)
+    assert rule.logits(same, is_rehearsal=True).shape == (B, W)
+    assert rule.logits(rows).shape == (B, W)
+
+
 def test_scores_combined_with_other_profiles_are_never_given(tiny: Tiny) -> None:
     rule, other = rule_of(tiny, "late-fork"), rule_of(tiny, "all-layers")
     rule.plan = other.plan

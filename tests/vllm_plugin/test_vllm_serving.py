@@ -77,7 +77,7 @@ def test_fifty_greedy_answers_are_those_of_our_engine(tmp_path: Path) -> None:
     job = {
         "model": None,
         "orders": {"profiles": [PROFILE]},
-        "engine": {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True},
+        "engine": {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8},
         "prompts": prompts,
         "params": [{"max_tokens": NUM_TOKENS}] * len(prompts),
     }
@@ -88,7 +88,7 @@ def test_fifty_greedy_answers_are_those_of_our_engine(tmp_path: Path) -> None:
 
 @pytest.mark.model
 def test_replay_probes_score_as_training_recorded(tmp_path: Path) -> None:
-    # Compiled, and in bfloat16: as a server runs. Prompt log-probabilities are of fused scores.
+    # In bfloat16, as a server runs. Prompt log-probabilities are of fused scores.
     registry_dir = BUILTIN / PROFILE
     probes = json.loads((registry_dir / "probes.json").read_text())["replay"]
     job = {
@@ -106,18 +106,18 @@ def test_replay_probes_score_as_training_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "is_compiled"),
+    "names",
     [
-        (("late-fork", "all-layers"), True),
-        (("pair",), False),
-        (("ranked",), False),
+        ("late-fork", "all-layers"),
+        ("pair",),
+        ("ranked",),
         # An assistant with keys and values of its own, one that leaves early, and an adapter on the target.
-        (("own-and-borrowed", "truncated", "adapted-late"), False),
+        ("own-and-borrowed", "truncated", "adapted-late"),
     ],
-    ids=lambda value: "+".join(value) if isinstance(value, tuple) else None,
+    ids="+".join,
 )
 def test_every_rule_and_composition_gives_our_tokens(
-    wide: Tiny, tmp_path: Path, names: tuple[str, ...], is_compiled: bool
+    wide: Tiny, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     roots = [wide.profiles[name][0] for name in names]
     llm = LLM(str(wide.folder), profiles=roots, dtype="float32")
@@ -131,7 +131,6 @@ def test_every_rule_and_composition_gives_our_tokens(
         "prompts": prompts,
         "params": [{"max_tokens": 12, "ignore_eos": True}] * len(prompts),
     }
-    job["engine"]["enforce_eager"] = not is_compiled
     assert [tuple(one["token_ids"]) for one in answers(tmp_path, job)] == ours
 
 

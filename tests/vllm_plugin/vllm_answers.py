@@ -18,7 +18,7 @@ def main() -> None:
     from uld_serve.vllm_plugin.orders import Orders, ServerArguments
 
     if "words" in job:  # arguments as they are, wrong ones among them
-        LLM(**job["words"], dtype="float32", enforce_eager=True, max_model_len=256)
+        LLM(**job["words"], dtype="float32", max_model_len=256)
         return
     arguments = ServerArguments.of(job["model"], Orders(**job["orders"]))
     llm = LLM(**{**arguments.keywords, **job["engine"]})

@@ -20,6 +20,8 @@ def check_limits(config: VllmConfig) -> Path:
     """The checkpoint's directory. Raises ModelUnsupported naming what must be left out, all of it at once."""
     model, parallel = config.model_config, config.parallel_config
     found = {
+        # Not yet compared with our engine: a compiler that moved a read of the cache before its write would show there.
+        "compilation (start with --enforce-eager)": bool(config.compilation_config.mode),
         "tensor parallelism": parallel.tensor_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size > 1

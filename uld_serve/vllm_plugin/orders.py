@@ -106,6 +106,7 @@ class ServerArguments:
             "hf_overrides": {"architectures": [self.architecture]},
             "additional_config": {KEY: self.orders.model_dump(mode="json")},
             "logits_processors": [GUARD],
+            "enforce_eager": True,
         }
 
     @property
@@ -121,4 +122,5 @@ class ServerArguments:
             json.dumps(words["additional_config"]),
             "--logits-processors",
             GUARD,
+            "--enforce-eager",
         ]

@@ -27,6 +27,7 @@ class ServedRule:
     vocab_size: int
     protected_ids: torch.Tensor
     _digests: tuple[int, ...] = field(init=False)
+    _is_apart: bool = False
 
     def __post_init__(self) -> None:
         self._digests = tuple(sorted(term.tag for term in self.plan.terms))
@@ -47,6 +48,8 @@ class ServedRule:
         if num_rows == 0:
             return hidden_BX.new_empty(0, width, dtype=torch.float32)
         hidden_SBD = hidden_BX.view(num_rows, self.num_blocks, -1).transpose(0, 1)
+        if not (is_rehearsal or self._is_apart):
+            self._check_apart(hidden_SBD)
         is_late = bool(self.plan.streams) and all(stream.is_late for stream in self.plan.streams)
         whole_RD = (hidden_SBD[:1] if is_late else hidden_SBD).flatten(0, 1)
         late = self.head.late(hidden_SBD[1:].flatten(0, 1)) if is_late else None
@@ -59,6 +62,14 @@ class ServedRule:
         )
         self._check(out, is_rehearsal=is_rehearsal)
         return F.pad(out.scores_BV, (0, width - self.vocab_size), value=-torch.inf)
+
+    def _check_apart(self, hidden_SBD: torch.Tensor) -> None:
+        """Once, with the first tokens that count: an assistant whose rows are the target's own has lost its adapter on
+        the way through vLLM, and subtracting it would leave the base's answers."""
+        for number, stream_BD in enumerate(hidden_SBD[1:]):
+            if torch.equal(stream_BD, hidden_SBD[0]):
+                raise AssertionError(f"stream {number} says what the target says: its adapter is not applied")
+        self._is_apart = True
 
     def _row(self, number: int, num_rows: int) -> SampleRow:
         streams = tuple(number + block * num_rows for block in range(1, self.num_blocks))
