@@ -39,6 +39,11 @@ class NaiveRunner:
     target: Runner
     assistant: Runner
 
+    @property
+    def keeps_state(self) -> bool:
+        """Yes: what an assistant keeps lies with the second model."""
+        return True
+
     def run(self, rows: RowBatch) -> Scores:
         alone = replace(rows, assistants=())
         return Scores(torch.cat([self.target.run(alone).logits_RW, self.assistant.run(alone).logits_RW]))
@@ -53,7 +58,7 @@ def naive_engine(base: Base, settings: EngineSettings, *, num_layers: int) -> En
     assistant = truncated_copy(base, num_layers)
     engine = Engine.of(base, settings)
     second = Runner.of(Decoder.of(assistant), engine.config)
-    # The engine asks nothing of a runner but `run` and `clear`.
+    # The engine asks nothing more of a runner that is not recorded.
     engine.runner = cast(Runner, NaiveRunner(engine.runner, second))
     return engine
 
