@@ -12,7 +12,7 @@ from pathlib import Path
 import openai
 from served_process import Served, start
 
-PATIENCE_S = 900.0
+PATIENCE_S = 1800.0
 Pair = Mapping[str, str]
 
 
