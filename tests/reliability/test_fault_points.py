@@ -160,7 +160,8 @@ def test_a_fault_at_any_point_lets_no_token_out_and_nothing_hang(
     record_property("failed", chaos.num_failed)
     record_property("engine stops", chaos.num_stops)
     assert not found, "\n".join(f"{fault}: {problem}" for fault, ps in found.items() for problem in ps[:3])
-    assert not chaos.not_struck, f"never passed: {sorted(chaos.not_struck)}"
+    # With few rounds a point that needs a certain timing may not come up.
+    assert SCALE == "fast" or not chaos.not_struck, f"never passed: {sorted(chaos.not_struck)}"
 
 
 @pytest.mark.skipif(SCALE != "aim", reason="pairs of faults are the aim")
