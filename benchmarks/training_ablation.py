@@ -47,7 +47,7 @@ def margin_runs(num_layers: int) -> Iterator[Run]:
     yield from ({"goal": goal, "common_goal": goal / 3} for goal in (7.5, 25.0))
     yield from ({"fork": num_layers - layers} for layers in (2, 4, 16) if layers < num_layers)
     yield from ({"num_top": width} for width in (1, 16, 256))
-    yield from ({"others_of_forgotten": weight} for weight in (0.0, 1.0))
+    yield from ({"others_of_forgotten": weight} for weight in (0.0, 0.3, 3.0))
     yield from ({"others_of_kept": weight} for weight in (0.0, 3.0))
     yield from ({"dead_zone": zone} for zone in (0.0, 2.0, 8.0))
     yield from ({"slack": slack} for slack in (0.0, 6.0))

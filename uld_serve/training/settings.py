@@ -108,7 +108,7 @@ class Settings:
     common_goal: float = 5.0
     common_share: float = 0.05
     slack: float = 1.0
-    others_of_forgotten: float = 0.3
+    others_of_forgotten: float = 1.0
     others_of_kept: float = 1.0
     num_top: int = 64
     detours: int = 0

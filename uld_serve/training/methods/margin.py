@@ -19,7 +19,7 @@ class MarginWeights:
     slack: float = 1.0
     kept_label: float = 2.0
     others_of_kept: float = 1.0
-    others_of_forgotten: float = 0.3
+    others_of_forgotten: float = 1.0
 
 
 def margin(
