@@ -159,11 +159,11 @@ HUNG_UP_WHILE_LOADING = """
 import os, pathlib, signal, sys
 from uld_serve.server import command
 load = command._assemble
-def hung_up(settings):
+def hung_up(settings, *rest):
     config = pathlib.Path(sys.argv[-1])
     config.write_text(config.with_name("new.toml").read_text())
     os.kill(os.getpid(), signal.SIGHUP)
-    return load(settings)
+    return load(settings, *rest)
 command._assemble = hung_up
 from uld_serve.cli import main
 sys.exit(main())
