@@ -26,6 +26,7 @@ from workshop_site import (
 )
 
 from uld_serve.errors import ProfileMismatch
+from uld_serve.profiles.profile import ProfileVersion
 from uld_serve.profiles.store import read_profile
 from uld_serve.server.audit import AuditLog
 from uld_serve.server.fine_tuning import foreman
@@ -282,6 +283,27 @@ def test_names_of_others_are_left_alone(site: Site) -> None:
     assert other.submit("soon").status_code == 409
     assert site.admin.ask("POST", f"{JOBS}/{job_id}/cancel").status_code == 200
     assert site.admin.ended(site.admin.submitted("mine"))["status"] == "succeeded"
+
+
+def test_a_name_that_an_operator_takes_while_a_profile_is_checked_stays_the_operators(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's checks take their time; what the name means by then is not the job's to replace."""
+    registry, dropped = site.server.apps[0].state.catalog.registry, []
+
+    async def admit(_host: FakeHost, version: ProfileVersion) -> None:
+        registry.replace(replace(version, digest="sha256:" + "0" * 64))
+
+    async def drop(_host: FakeHost, version: ProfileVersion) -> None:
+        dropped.append(version.name)
+
+    monkeypatch.setattr(FakeHost, "admit", admit)
+    monkeypatch.setattr(FakeHost, "drop", drop)
+    job = site.maker.ended(site.maker.submitted())
+    assert (job["status"], job["error"]["code"]) == ("failed", "profile_name_taken")
+    assert registry.get("spies").digest == "sha256:" + "0" * 64
+    assert dropped == ["spies"]
+    assert not list((site.folder / "profiles").iterdir())
 
 
 def test_a_key_that_may_no_longer_does_not_go_live(site: Site) -> None:
