@@ -92,6 +92,9 @@ class Foreman:
             except LedgerUnavailable as error:
                 logger.error("job %s waits: %s", job.id, error.message)
                 await asyncio.sleep(LEDGER_RETRY_S)
+            except Exception:  # of clearing up: the next job must not wait for a start because of it
+                logger.exception("job %s was not put away", job.id)
+                await asyncio.sleep(LEDGER_RETRY_S)
             finally:
                 self._current = None
 
