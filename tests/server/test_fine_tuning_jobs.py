@@ -26,10 +26,14 @@ from workshop_site import (
 )
 
 from uld_serve.errors import ProfileMismatch
+from uld_serve.profiles.profile import ProfileVersion
 from uld_serve.profiles.store import read_profile
 from uld_serve.server.audit import AuditLog
 from uld_serve.server.fine_tuning import foreman
+from uld_serve.server.fine_tuning.foreman import Foreman
 from uld_serve.server.fine_tuning.ledger import Ledger, LedgerUnavailable
+from uld_serve.server.fine_tuning.premises import Premises
+from uld_serve.server.fine_tuning.records import Job
 from uld_serve.server.fine_tuning.settings import FineTuningSettings
 from uld_serve.server.fine_tuning.trainee import Ended
 from uld_serve.server.telemetry import Telemetry
@@ -284,6 +288,27 @@ def test_names_of_others_are_left_alone(site: Site) -> None:
     assert site.admin.ended(site.admin.submitted("mine"))["status"] == "succeeded"
 
 
+def test_a_name_that_an_operator_takes_while_a_profile_is_checked_stays_the_operators(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's checks take their time; what the name means by then is not the job's to replace."""
+    registry, dropped = site.server.apps[0].state.catalog.registry, []
+
+    async def admit(_host: FakeHost, version: ProfileVersion) -> None:
+        registry.replace(replace(version, digest="sha256:" + "0" * 64))
+
+    async def drop(_host: FakeHost, version: ProfileVersion) -> None:
+        dropped.append(version.name)
+
+    monkeypatch.setattr(FakeHost, "admit", admit)
+    monkeypatch.setattr(FakeHost, "drop", drop)
+    job = site.maker.ended(site.maker.submitted())
+    assert (job["status"], job["error"]["code"]) == ("failed", "profile_name_taken")
+    assert registry.get("spies").digest == "sha256:" + "0" * 64
+    assert dropped == ["spies"]
+    assert not list((site.folder / "profiles").iterdir())
+
+
 def test_a_key_that_may_no_longer_does_not_go_live(site: Site) -> None:
     site.runner.ends = ["wait"]
     job_id = site.maker.submitted()
@@ -387,3 +412,53 @@ def test_a_disk_that_takes_nothing_delays_a_job_and_ends_none(
     job = site.maker.ended(job_id)
     assert (job["status"], job["error"]) == ("succeeded", None)
     assert site.maker.digest("spies") == job["forget"]["digest"]
+
+
+def test_a_job_without_a_folder_does_not_keep_the_next_from_its_turn(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Foreman._lay_out
+
+    def full(self: Foreman, job: Job) -> None:
+        if job.name == "first":
+            raise OSError(28, "No space left on device")
+        real(self, job)
+
+    monkeypatch.setattr(Foreman, "_lay_out", full)
+    assert site.maker.ended(site.maker.submitted("first"))["error"]["code"] == "server_error"
+    assert site.maker.ended(site.maker.submitted("second"))["status"] == "succeeded"
+
+
+def test_a_job_that_cannot_be_put_away_does_not_keep_the_next_from_its_turn(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreman, "LEDGER_RETRY_S", 0.01)
+    real, faults = Premises.clear, [PermissionError(13, "Permission denied")]
+
+    def clear(self: Premises, job: Job, *, keep_log: bool = False) -> None:
+        if faults:
+            raise faults.pop()
+        real(self, job, keep_log=keep_log)
+
+    monkeypatch.setattr(Premises, "clear", clear)
+    site.runner.ends = [Ended(2, "it cannot be trained")]
+    assert site.maker.ended(site.maker.submitted("first"))["status"] == "failed"
+    wait_until(lambda: not faults)
+    assert site.maker.ended(site.maker.submitted("second"))["status"] == "succeeded"
+
+
+def test_a_disk_that_takes_no_note_of_a_stop_holds_up_no_stop(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.runner.ends = ["wait"]
+    job_id = site.maker.submitted()
+    wait_until(lambda: site.runner.seen)
+
+    def full(_self: Foreman) -> None:
+        raise LedgerUnavailable("jobs cannot be recorded (disk full); try later")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Foreman, "note_stop", full)
+        site.server.stop()
+    site.open()  # the folder was given back
+    assert site.maker.ended(job_id)["status"] == "succeeded"

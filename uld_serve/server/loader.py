@@ -76,9 +76,17 @@ class Loader:
     _locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     _releases: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def load(self, name: str, *, directory: str | None = None, digest: str | None = None) -> Change:
+    async def load(
+        self,
+        name: str,
+        *,
+        directory: str | None = None,
+        digest: str | None = None,
+        still: Callable[[], None] = lambda: None,
+    ) -> Change:
         """Serve profile `name` as it lies in the folder `directory` (default: of its own name) of a configured root;
-        refuse another `digest` if one is given. What served before goes on serving until this one has passed.
+        refuse another `digest` if one is given. What served before goes on serving until this one has passed. `still`
+        raises if the name may no longer be given: asked last, as others may have taken it while this one was checked.
 
         Raises NotFound for no such folder, ProfileError for what is in it.
         """
@@ -88,7 +96,12 @@ class Loader:
             if before is not None and before.digest == version.digest:
                 return Change(before, before, self.leases.count(before.digest))
             await self.admit(version)
-            self.record(name, version)
+            try:
+                still()
+                self.record(name, version)
+            except BaseException:
+                await self.host.drop(version)
+                raise
             self.put(version)
         return Change(before, version, 0 if before is None else self.leases.count(before.digest))
 

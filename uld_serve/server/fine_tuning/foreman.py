@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,7 +55,14 @@ class Runner(Protocol):
 class Live(Protocol):
     """The part of Loader that is used here."""
 
-    async def load(self, name: str, *, directory: str | None = None, digest: str | None = None) -> Change: ...
+    async def load(
+        self,
+        name: str,
+        *,
+        directory: str | None = None,
+        digest: str | None = None,
+        still: Callable[[], None] = lambda: None,
+    ) -> Change: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,6 +91,9 @@ class Foreman:
                 await self._do(job)
             except LedgerUnavailable as error:
                 logger.error("job %s waits: %s", job.id, error.message)
+                await asyncio.sleep(LEDGER_RETRY_S)
+            except Exception:  # of clearing up: the next job must not wait for a start because of it
+                logger.exception("job %s was not put away", job.id)
                 await asyncio.sleep(LEDGER_RETRY_S)
             finally:
                 self._current = None
@@ -197,11 +208,12 @@ class Foreman:
         job = ledger.job(job.id)
         assert job.digest is not None
         directory = f"{job.name}-{job.digest.removeprefix('sha256:')[:12]}"
+        still = partial(self.names.require_free, job.name, job.owner)
         try:
-            self.names.require_free(job.name, job.owner)
+            still()
             await asyncio.to_thread(_move, made, profiles / directory)
             self.record("job_going_live", job)
-            await self.live.load(job.name, directory=directory, digest=job.digest)
+            await self.live.load(job.name, directory=directory, digest=job.digest, still=still)
         except LedgerUnavailable:
             raise  # it is tried again, with what lies there
         except Exception:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,10 @@ class Premises:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name != LOG:
-                path.unlink()
+                with suppress(
+                    OSError
+                ):  # as above: a job's outcome does not hang on it, and a start clears again
+                    path.unlink()
 
     def record(self, name: str, version: ProfileVersion | None) -> None:
         """What a name means from now on; a version that lies elsewhere is none of ours."""

@@ -18,6 +18,7 @@ from uld_serve.data.documents import Document, refuse_overlap
 from uld_serve.errors import DataError, EngineStopped, InvalidRequest, NotFound, Overloaded, ProfileError
 from uld_serve.server.fine_tuning.file_store import documents_of
 from uld_serve.server.fine_tuning.foreman import Foreman, Runner
+from uld_serve.server.fine_tuning.ledger import LedgerUnavailable
 from uld_serve.server.fine_tuning.names import Names
 from uld_serve.server.fine_tuning.order import BaseChoice
 from uld_serve.server.fine_tuning.premises import Premises
@@ -88,7 +89,8 @@ class Workshop:
         try:
             yield
         finally:
-            self.foreman.note_stop()
+            with contextlib.suppress(LedgerUnavailable):  # then this end counts as one of the job's starts
+                self.foreman.note_stop()
             work.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await work
