@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import stat
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 from live_server import MODEL, LiveServer
 from workshop_site import FORGET, JOBS, KEYS, RETAIN, Client, FakeHost, FakeRunner, lines_of
 
+from uld_serve.errors import InvalidRequest
 from uld_serve.server.audit import AuditLog
+from uld_serve.server.fine_tuning.multipart import parse_form
 from uld_serve.server.fine_tuning.settings import FineTuningSettings
 from uld_serve.server.telemetry import Telemetry
 
@@ -224,6 +227,16 @@ FILE = b'Content-Disposition: form-data; name="file"; filename="f"\r\n\r\n' + LI
 def test_a_form_has_one_reading_or_none(maker: Client, body: bytes, content_type: str, status: int) -> None:
     answer = maker.ask("POST", "/v1/files", content=body, headers={"Content-Type": content_type})
     assert answer.status_code == status, answer.text
+
+
+def test_a_body_of_boundaries_alone_takes_no_room() -> None:
+    body = b"--b" + b"\r\n--bxx" * 200_000
+    tracemalloc.start()
+    with pytest.raises(InvalidRequest, match="more than 16 fields"):
+        parse_form(body, b"b")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < len(body) + 2**16, "one copy of it at most"
 
 
 def test_mutated_forms_never_give_a_5xx(maker: Client) -> None:

@@ -39,7 +39,11 @@ def boundary_of(content_type: str) -> bytes:
 
 def parse_form(body: bytes, boundary: bytes) -> list[Part]:
     """Raises InvalidRequest for a body that is not such a form to its last byte, and for a field given twice."""
-    first, *pieces = (b"\r\n" + body).split(b"\r\n--" + boundary)
+    delimiter = b"\r\n--" + boundary
+    # Counted first: a body that is nothing but boundaries would become millions of pieces.
+    if body.count(delimiter) > MAX_PARTS + 1:
+        raise InvalidRequest(f"the form has more than {MAX_PARTS} fields")
+    first, *pieces = (b"\r\n" + body).split(delimiter)
     if first or not pieces or pieces.pop() not in (b"--", b"--\r\n"):
         raise InvalidRequest("the body is not a form: it does not begin and end with its boundary")
     if len(pieces) > MAX_PARTS:
