@@ -29,7 +29,9 @@ class Names:
             raise Forbidden("the key that asked for this job may no longer make profiles")
         made = self.ledger.made().get(name)
         if made is not None:
-            is_free = made.owner == owner or policy.is_admin
+            # Once an operator has bound others to it, it is no longer its maker's to change.
+            binds_others = any(name in one.mandatory | one.default for one in policies if one.name != owner)
+            is_free = policy.is_admin or (made.owner == owner and not binds_others)
         else:
             is_free = name not in self.registry.names() and not any(
                 name in one.mandatory | one.default for one in policies
