@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from uld_kernels import reference
 
 from uld_serve.training.methods import terms
 from uld_serve.training.methods.method import Method, Parts, Tokens, one_lesson
@@ -19,7 +20,7 @@ def strengthen(tokens: Tokens, settings: Settings) -> Parts:
 
 def teacher(target_NV: torch.Tensor, strengthened_NV: torch.Tensor, *, strength: float) -> torch.Tensor:
     """Eq. 1: b - alpha relu(a - b)."""
-    return target_NV - strength * torch.relu(strengthened_NV - target_NV)
+    return reference.relu_difference(target_NV, strengthened_NV, strength=strength)
 
 
 def _defaults(num_layers: int) -> Settings:
