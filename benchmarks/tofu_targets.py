@@ -35,6 +35,8 @@ from uld_serve.model.loading import Base, load_base
 from uld_serve.training.answers import encode_answer, encode_prompt
 
 IGNORED = -100
+# What each model is taught.
+MODELS = {"target": ("forget", "retain"), "reference": ("retain",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=MODELS, help="make one of the two (two runs side by side, say)")
     return parser
 
 
@@ -96,7 +99,8 @@ def _run(args: argparse.Namespace) -> dict[str, object]:
         "retain": _read(args.retain, "retain", args.num_retain),
     }
     found: dict[str, object] = {"arguments": {name: str(value) for name, value in vars(args).items()}}
-    for name, taught in (("target", ("forget", "retain")), ("reference", ("retain",))):
+    for name in [args.only] if args.only else MODELS:
+        taught = MODELS[name]
         folder = args.out / name
         if folder.exists():
             raise DataError(f"{folder} exists; remove it or choose another --out")
@@ -137,7 +141,7 @@ def _tune(base: Base, pairs: Sequence[Pair], args: argparse.Namespace) -> None:
     for parameter in base.model.parameters():
         parameter.requires_grad_(True)
     arguments = TrainingArguments(
-        output_dir=str(args.out / ".tuning"),
+        output_dir=str(args.out / f".tuning-{args.only or 'both'}"),
         per_device_train_batch_size=args.batch,
         num_train_epochs=args.epochs,
         learning_rate=args.lr,
