@@ -10,6 +10,7 @@ from contextlib import aclosing
 import pytest
 from tiny_base import Tiny
 
+from uld_serve.engine import async_engine
 from uld_serve.engine.async_engine import AsyncEngine
 from uld_serve.engine.engine import Engine
 from uld_serve.engine.plan import Decision
@@ -201,3 +202,23 @@ def test_the_words_of_an_unexpected_error_are_in_no_log_message(
     messages = [record.getMessage() for record in caplog.records]
     assert "request a failed: RuntimeError" in messages
     assert "private" not in "".join(messages)
+
+
+def test_freed_memory_is_given_back_from_time_to_time_and_only_after_steps(
+    tiny: Tiny, started: Callable[..., tuple[Engine, AsyncEngine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bool] = []
+    monkeypatch.setattr(async_engine, "give_back", lambda: given.append(True))
+    monkeypatch.setattr(async_engine, "IDLE_BEAT_S", 0.01)
+    _, engine = started()
+    time.sleep(0.1)
+    asyncio.run(collect(engine, "soon", Decision.base()))
+    time.sleep(0.1)
+    assert given == []  # too soon, and before that nothing had been done
+
+    monkeypatch.setattr(async_engine, "TIDY_S", 0.0)
+    deadline = time.monotonic() + 5
+    while not given and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert given == [True]  # once, however long it is idle

@@ -24,12 +24,15 @@ from uld_serve.engine.request import Delta, Load, SamplingParams
 from uld_serve.engine.schema_queue import SchemaQueue
 from uld_serve.engine.tokenizer import Tokenizer
 from uld_serve.errors import EngineStopped, Overloaded, UldError
+from uld_serve.model.heap import give_back
 
 ResultT = TypeVar("ResultT")
 
 logger = logging.getLogger(__name__)
 
 IDLE_BEAT_S = 1.0
+TIDY_S = 60.0
+"""How often freed memory is given back to the system, at most: a few milliseconds each time."""
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +71,7 @@ class AsyncEngine:
         self._beat = time.monotonic()
         self._is_stopping = False
         self._failure: UldError | None = None
+        self._tidied, self._has_stepped = self._beat, False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -183,7 +187,8 @@ class AsyncEngine:
         try:
             while self._take_inbox():
                 self._publish(self._engine.step())
-                self._beat = time.monotonic()
+                self._beat, self._has_stepped = time.monotonic(), True
+                self._tidy()
         except Exception as error:
             logger.exception("the step loop failed")
             self._failure = EngineStopped(
@@ -199,12 +204,19 @@ class AsyncEngine:
                 command = self._inbox.get(block=not self._engine.has_work, timeout=IDLE_BEAT_S)
             except queue.Empty:
                 self._beat = time.monotonic()
+                self._tidy()
                 if self._engine.has_work:
                     return True
                 continue
             if command is None:
                 return False
             command()
+
+    def _tidy(self) -> None:
+        """What steps have freed, oneDNN's kernels for numbers of rows that no longer come among it."""
+        if self._has_stepped and self._beat - self._tidied >= TIDY_S:
+            give_back()
+            self._tidied, self._has_stepped = self._beat, False
 
     def _add(
         self,

@@ -19,13 +19,13 @@ from pydantic import ValidationError
 
 from uld_serve import __version__
 from uld_serve.errors import DataError
+from uld_serve.model.heap import give_back
 from uld_serve.model.loading import Base
 from uld_serve.profiles.profile import BaseSpec, Profile, ProfileVersion, RuleSpec, StreamSpec
 from uld_serve.profiles.store import write_profile
 from uld_serve.training import probing
 from uld_serve.training.classroom import Classroom, Watch
 from uld_serve.training.examples import Kind
-from uld_serve.training.heap import give_back
 from uld_serve.training.methods.catalog import METHODS
 from uld_serve.training.methods.method import Lesson, Method
 from uld_serve.training.preparation import Prepared, gather, prepare

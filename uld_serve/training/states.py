@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from uld_serve.model.borrowed import decoder_parts, target_pass
+from uld_serve.model.heap import give_back
 from uld_serve.model.packing import Packing, num_alike
 from uld_serve.training.examples import Example
-from uld_serve.training.heap import give_back
 from uld_serve.training.place import Place
 
 IGNORED = -100

@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from uld_serve.errors import DataError
+from uld_serve.model.heap import give_back
 from uld_serve.training.assistant import Assistant, adapter_state, load_adapter
 from uld_serve.training.early_stop import EarlyStop, OnCheckpoint
 from uld_serve.training.examples import Kind
-from uld_serve.training.heap import give_back
 from uld_serve.training.lessons import Lessons
 from uld_serve.training.preparation import nothing_of
 from uld_serve.training.settings import Settings
