@@ -45,6 +45,9 @@ def test_scores_are_the_log_probabilities_that_generation_reports(llm: LLM, tiny
         generated = [entry.logprob for entry in done.logprobs or ()]
         assert list(scored.logprobs[len(prompt) :]) == pytest.approx(generated, abs=1e-4)
         assert [ids[0] for ids in scored.top_ids[len(prompt) :]] == list(done.token_ids)  # greedy
+        [end] = llm.score([[*prompt, *done.token_ids]], profile=profile, starts=[len(prompt)])
+        assert end.logprobs == (None,) * len(prompt) + scored.logprobs[len(prompt) :]
+        assert end.top_ids == ((),) * len(prompt) + scored.top_ids[len(prompt) :]
 
 
 def test_chat_goes_through_the_template(llm: LLM) -> None:
@@ -64,6 +67,8 @@ def test_wrong_use_is_refused_and_leaves_nothing_behind(llm: LLM) -> None:
         llm.generate(["x", "y"], [GREEDY])
     with pytest.raises(InvalidRequest):
         llm.generate(["fine", ""], GREEDY)
+    with pytest.raises(InvalidRequest, match="scored_from"):
+        llm.score([[1, 2]], starts=[-1])
     assert not llm.engine.has_work
     llm.engine.check_integrity()
 

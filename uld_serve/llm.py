@@ -112,13 +112,23 @@ class LLM:
         *,
         profile: Profiles = None,
         strength: float = 1.0,
+        starts: Sequence[int] | None = None,
         top: int = 1,
         show_progress: bool = False,
     ) -> list[Scored]:
-        """Teacher-forced log-probabilities under the served distribution; filtered tokens score -inf."""
+        """Teacher-forced log-probabilities under the served distribution; filtered tokens score -inf. `starts`: the
+        position from which each sequence is scored, such as its prompt's length; those before have None, and cost
+        next to nothing where sequences begin alike."""
         decision = self._decide(profile, strength)
         with _Bar("scoring", len(sequences), show=show_progress) as on_finish:
-            runs = score(self.engine, [list(s) for s in sequences], decision, top=top, on_finish=on_finish)
+            runs = score(
+                self.engine,
+                [list(s) for s in sequences],
+                decision,
+                starts=starts,
+                top=top,
+                on_finish=on_finish,
+            )
         return [_scored(token_ids, entries) for token_ids, entries in zip(sequences, runs, strict=True)]
 
     def _decide(self, profile: Profiles, strength: float) -> Decision:

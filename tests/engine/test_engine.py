@@ -346,3 +346,27 @@ def test_a_scored_prompt_does_not_start_from_the_cache(tiny: Tiny, make_engine: 
         scores.append([entry.logprob for entry in delta.prompt_logprobs[1:]])
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert len(scores[0]) == len(PROMPT) - 1
+
+
+@pytest.mark.parametrize("name", [None, "late-fork", "truncated", "pair", "ranked"])
+@pytest.mark.parametrize("start", [1, 5, len(PROMPT) - 1, len(PROMPT), len(PROMPT) + 9])
+def test_scores_of_an_end_are_those_of_the_whole_also_behind_a_cached_beginning(
+    tiny: Tiny, make_engine: MakeEngine, name: str | None, start: int
+) -> None:
+    decision = forgetting(tiny, name) if name else Decision.base()
+
+    def scores(engine: Engine, scored_from: int) -> Delta:
+        params = greedy(0, prompt_logprobs=0, scored_from=scored_from)
+        engine.add("r", PROMPT, params, decision)
+        [delta] = run(engine)["r"]
+        return delta
+
+    whole = scores(make_engine(block_size=4), 0).prompt_logprobs
+    warm = make_engine(block_size=4)
+    for reused in (0, (min(start, len(PROMPT) - 1) - 1) // 4 * 4):
+        delta = scores(warm, start)
+        first = min(start, len(PROMPT) - 1)
+        assert delta.prompt_logprobs[:first] == (None,) * first
+        assert delta.prompt_logprobs[first:] == whole[first:]
+        assert delta.usage.cached_tokens == reused
+    warm.check_integrity()

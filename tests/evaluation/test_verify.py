@@ -57,7 +57,12 @@ class FakeModel:
         return answers
 
     def score(
-        self, sequences: Sequence[Sequence[int]], *, profile: str | None = None, top: int = 1
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        profile: str | None = None,
+        starts: Sequence[int] | None = None,
+        top: int = 1,
     ) -> list[Scored]:
         self.calls.append(f"score {profile}")
         chances = {

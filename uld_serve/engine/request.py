@@ -19,7 +19,8 @@ class SamplingParams:
     """How to draw tokens for one request. Field names follow OpenAI's API and vLLM's extras.
 
     `temperature` 0, or below 1e-5, is greedy. `logprobs` = n returns each drawn token's log-probability and the n best;
-    `prompt_logprobs` = n the same for every prompt token. Both are under the served (fused) distribution.
+    `prompt_logprobs` = n the same for the prompt's tokens from position `scored_from` on: what stands before them may
+    come from the cache. Both are under the served (fused) distribution.
     `max_tokens` 0 draws nothing: the prompt is only scored. `json_schema` is a schema's text, which the answer keeps to
     as far as it gets; log-probabilities are then of the tokens that the schema allows.
     """
@@ -40,6 +41,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    scored_from: int = 0
     include_stop_str: bool = False
     json_schema: str | None = None
 
@@ -71,6 +73,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             n = getattr(self, name)
             _require(n is None or 0 <= n <= MAX_TOP_LOGPROBS, name, f"must be 0 to {MAX_TOP_LOGPROBS}")
+        _require(self.scored_from >= 0, "scored_from", "must be 0 or more")
         _require(
             all(-100.0 <= bias <= 100.0 for bias in self.logit_bias.values()),
             "logit_bias",

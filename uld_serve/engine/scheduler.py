@@ -170,12 +170,10 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
-        """Start from cached blocks. At least one token is left to run, and a prompt that is scored runs whole:
+        """Start from cached blocks. At least one token is left to run, and a prompt runs from where it is scored:
         its scores are not in the cache."""
-        if sequence.scores_prompt:
-            return
         block_size = self.pools.block_size
-        found = self.pools.reuse_prefix(sequence, (sequence.num_tokens - 1) // block_size)
+        found = self.pools.reuse_prefix(sequence, sequence.num_reusable // block_size)
         sequence.num_computed = found * block_size
 
     def _free(self, sequence: Sequence, *, is_suspect: bool = False) -> None:

@@ -63,12 +63,17 @@ def score(
     sequences: Sequence[list[int]],
     decision: Decision,
     *,
+    starts: Sequence[int] | None = None,
     top: int = 1,
     on_finish: OnFinish | None = None,
 ) -> list[tuple[TokenLogprob | None, ...]]:
-    """Log-probability of each token given those before it, under the decision; None for the first."""
-    params = SamplingParams(max_tokens=0, prompt_logprobs=top)
-    jobs = [Job(token_ids, params, decision) for token_ids in sequences]
+    """Log-probability of each token given those before it, under the decision; None for the first, and for those
+    before the sequence's position in `starts`, which are then run once for all sequences that begin alike."""
+    params = [
+        SamplingParams(max_tokens=0, prompt_logprobs=top, scored_from=start)
+        for start in starts or [0] * len(sequences)
+    ]
+    jobs = [Job(token_ids, one, decision) for token_ids, one in zip(sequences, params, strict=True)]
     runs = run_jobs(engine, jobs, on_finish=on_finish)
     return [run[-1].prompt_logprobs or () for run in runs]
 
@@ -81,7 +86,9 @@ def replay(engine: Engine, version: ProfileVersion) -> None:
     """
     decision = Decision.of_version(version)
     probes = version.probes.replay
-    scored = score(engine, [[*probe.prompt_ids, *probe.answer_ids] for probe in probes], decision, top=0)
+    sequences = [[*probe.prompt_ids, *probe.answer_ids] for probe in probes]
+    starts = [len(probe.prompt_ids) for probe in probes]
+    scored = score(engine, sequences, decision, starts=starts, top=0)
     for number, entries in enumerate(scored):
         check_replayed(version, number, entries)
 

@@ -69,13 +69,18 @@ class Sequence:
     in_flight: list[Scheduled] = field(default_factory=list)
     lanes: list[Lane] = field(default_factory=list)
     num_cached: int | None = None
-    prompt_scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    prompt_scores: list[TokenLogprob | None] = field(init=False)
+    """None where there is no score: of the first token, and of those before `scored_from`."""
     receipt: Receipt | None = None
     added_ns: int = field(default_factory=time.time_ns)
     added_at: int = field(default_factory=time.monotonic_ns)
     started_at: int | None = None
     """When it first ran, and below when its first token was drawn; monotonic, in nanoseconds."""
     drew_at: int | None = None
+
+    def __post_init__(self) -> None:
+        unscored = min(self.params.scored_from, len(self.prompt_ids) - 1)
+        self.prompt_scores = [None] * max(1, unscored)
 
     @property
     def block_ids(self) -> list[int]:
@@ -117,6 +122,12 @@ class Sequence:
     def scores_prompt(self) -> bool:
         """Prompt positions are scored when asked for, and when there is nothing else to do."""
         return self.params.prompt_logprobs is not None or self.params.max_tokens == 0
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens at its beginning that need not be run if their keys and values are there: the last one must be, and
+        whatever a score is made of."""
+        return min(len(self.prompt_scores) if self.scores_prompt else self.num_tokens, self.num_tokens) - 1
 
     @property
     def usage(self) -> Usage:

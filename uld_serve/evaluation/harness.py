@@ -124,6 +124,7 @@ class UldServeLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
             [ids for ids, _ in kept],
             profile=self._profile,
             strength=self._strength,
+            starts=[start for _, start in kept],
             show_progress=not disable_tqdm,
         )
         found = [_likelihood(one, start) for one, (_, start) in zip(scored, kept, strict=True)]

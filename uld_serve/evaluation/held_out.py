@@ -62,7 +62,12 @@ class Model(Protocol):
     ) -> list[Completion]: ...
 
     def score(
-        self, sequences: Sequence[Sequence[int]], *, profile: str | None = None, top: int = 1
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        profile: str | None = None,
+        starts: Sequence[int] | None = None,
+        top: int = 1,
     ) -> list[Scored]: ...
 
 

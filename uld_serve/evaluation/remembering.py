@@ -10,6 +10,7 @@ from uld_serve.evaluation.verify import Encoder, Model
 from uld_serve.llm import Completion, Scored
 
 Ids = tuple[tuple[int, ...], ...]
+Starts = tuple[int, ...] | None
 
 
 class Remembering:
@@ -19,7 +20,7 @@ class Remembering:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._generated: dict[tuple[Ids, str], list[Completion]] = {}
-        self._scored: dict[tuple[Ids, int], list[Scored]] = {}
+        self._scored: dict[tuple[Ids, Starts, int], list[Scored]] = {}
 
     @property
     def tokenizer(self) -> Encoder:
@@ -36,13 +37,18 @@ class Remembering:
         return self._generated[key]
 
     def score(
-        self, sequences: Sequence[Sequence[int]], *, profile: str | None = None, top: int = 1
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        profile: str | None = None,
+        starts: Sequence[int] | None = None,
+        top: int = 1,
     ) -> list[Scored]:
         if profile is not None:
-            return self._model.score(sequences, profile=profile, top=top)
-        key = (_frozen(sequences), top)
+            return self._model.score(sequences, profile=profile, starts=starts, top=top)
+        key = (_frozen(sequences), None if starts is None else tuple(starts), top)
         if key not in self._scored:
-            self._scored[key] = self._model.score(sequences, top=top)
+            self._scored[key] = self._model.score(sequences, starts=starts, top=top)
         return self._scored[key]
 
 

@@ -142,8 +142,10 @@ class Sweep:
 
 def _scored(model: Model, items: Sequence[Item], profile: str | None) -> _Tokens:
     sequences = [item.prompt_ids + item.answer_ids for item in items]
+    starts = [len(item.prompt_ids) for item in items]
     found = _Tokens([], [], [])
-    for item, scored in zip(items, model.score(sequences, profile=profile, top=1), strict=True):
+    scores = model.score(sequences, profile=profile, starts=starts, top=1)
+    for item, scored in zip(items, scores, strict=True):
         start = len(item.prompt_ids)
         found.logprobs.extend(value for value in scored.logprobs[start:] if value is not None)
         found.best.extend(values[0] for values in scored.top_logprobs[start:])

@@ -108,4 +108,4 @@ class _Part:
         self, prompts: Sequence[list[int]], answers: Sequence[list[int]], profile: str | None
     ) -> list[Scored]:
         sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        return self._model.score(sequences, profile=profile, top=1)
+        return self._model.score(sequences, profile=profile, starts=[len(one) for one in prompts], top=1)

@@ -64,6 +64,6 @@ def _replayed(probe: ReplayProbe, model: Model, served_as: str) -> ReplayProbe:
 
 
 def _nll(model: Model, prompt_ids: list[int], answer_ids: tuple[int, ...], profile: str | None) -> float:
-    (scored,) = model.score([[*prompt_ids, *answer_ids]], profile=profile)
+    (scored,) = model.score([[*prompt_ids, *answer_ids]], profile=profile, starts=[len(prompt_ids)])
     values = [value for value in scored.logprobs[len(prompt_ids) :] if value is not None]
     return max(-fsum(values) / len(values), 0.0)

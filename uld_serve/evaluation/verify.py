@@ -35,7 +35,12 @@ class Model(Protocol):
     ) -> list[Completion]: ...
 
     def score(
-        self, sequences: Sequence[Sequence[int]], *, profile: str | None = None, top: int = 1
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        profile: str | None = None,
+        starts: Sequence[int] | None = None,
+        top: int = 1,
     ) -> list[Scored]: ...
 
 
@@ -203,7 +208,7 @@ class _Asker:
         """Log-probability of each answer token, and the most likely token at its position."""
         prompts = [item.prompt_ids for item in items]
         sequences = [prompt + list(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        scored = self._model.score(sequences, profile=profile, top=1)
+        scored = self._model.score(sequences, profile=profile, starts=[len(one) for one in prompts], top=1)
         logprobs, top = [], []
         for prompt, result in zip(prompts, scored, strict=True):
             logprobs.append([value for value in result.logprobs[len(prompt) :] if value is not None])

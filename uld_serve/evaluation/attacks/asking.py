@@ -34,7 +34,12 @@ class Model(Protocol):
     ) -> list[Completion]: ...
 
     def score(
-        self, sequences: Sequence[Sequence[int]], *, profile: str | None = None, top: int = 1
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        profile: str | None = None,
+        starts: Sequence[int] | None = None,
+        top: int = 1,
     ) -> list[Scored]: ...
 
 
@@ -76,7 +81,10 @@ class Asker:
 
         def make(some: Sequence[int]) -> list[object]:
             scored = self.model.score(
-                [prompts[n] + answers[n] for n in some], profile=self.profile, top=MAX_TOP_LOGPROBS
+                [prompts[n] + answers[n] for n in some],
+                profile=self.profile,
+                starts=[len(prompts[n]) for n in some],
+                top=MAX_TOP_LOGPROBS,
             )
             return [
                 list(_shown(one, len(prompts[n]), places[n])) for n, one in zip(some, scored, strict=True)
