@@ -7,6 +7,7 @@ CLIENT_PINS := langchain-openai==1.7.3 litellm==1.106.2 llm==0.36
 RAY := .venv/ray
 BROWSER_PIN := playwright==1.65.2
 JS_CLIENT_PIN := openai@6.30.1
+MUTANTS_PIN := mutmut==3.8.1
 # The maintainers' tools, with hashes too. LOCK_TORCH and LOCK_PIP say where uv and pip look
 # for the CPU-only wheels of PyTorch.
 TOOLS := .venv/tools
@@ -17,8 +18,9 @@ LOCK := $(TOOLS)/bin/uv pip compile --quiet --upgrade --generate-hashes --no-hea
 # Tests use local files only; a test that reaches for a model hub should fail here as it would offline.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-.PHONY: help setup demo test test-full test-aims soak test-slow ray-test gpu-test gpu-sanitize kernel-compile lint types check \
-  format clean api-docs clients-test page-test vllm-test tools lock sbom audit deploy-lint deploy-test
+.PHONY: help setup demo test test-full test-aims soak coverage mutants test-slow ray-test gpu-test gpu-sanitize \
+  kernel-compile lint types check format clean api-docs clients-test page-test vllm-test tools lock sbom audit \
+  deploy-lint deploy-test
 
 help:
 	@echo "make demo       one question, two answers, through a real server"
@@ -27,6 +29,7 @@ help:
 	@echo "make check      lint, types and tests: what CI runs"
 	@echo "make test-full  make test, and every gate of docs/reliability.md at its full count; make test-aims: its aims"
 	@echo "make soak       ten minutes of mixed traffic with faults (SOAK_S=3600: an hour)"
+	@echo "make coverage   every branch of the safety core (tests/safety_core.toml); make mutants: faults put into it"
 	@echo "make test-slow  the tests that take minutes; make gpu-test: those that need a CUDA device"
 	@echo "make gpu-sanitize  one pass of every kernel under compute-sanitizer, on a CUDA device"
 	@echo "make kernel-compile  lower every kernel variant to PTX for sm_80 and sm_90, without a GPU"
@@ -73,6 +76,15 @@ test-full: setup
 SOAK_S ?= 600
 soak: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/reliability/soak.py --seconds $(SOAK_S)
+
+coverage: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/safety_core.py coverage
+
+# A sample of a fixed seed; MUTANTS=--all takes hours, MUTANTS="--part decisions" is one part of it.
+MUTANTS ?=
+mutants: setup
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(MUTANTS_PIN)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/safety_core.py mutants $(MUTANTS)
 
 # Hours.
 test-aims: setup

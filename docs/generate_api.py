@@ -9,8 +9,9 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from uld_serve import __version__
-from uld_serve.server.app import ERRORS, ROUTES
+from uld_serve.server.app import ROUTES
 from uld_serve.server.openapi import document
+from uld_serve.server.responses import ERRORS
 
 PAGE = Path(__file__).with_name("api.md")
 INTRODUCTION = """\

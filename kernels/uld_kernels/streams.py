@@ -60,11 +60,9 @@ class Streams:
         return stream_K
 
     def survey(self, rows: Collection[int], *, normalized: Collection[int]) -> None:
-        """Finds out at once which of some rows are finite, and what kept_log wants to know of the `normalized` ones. No
-        row is late."""
+        """Finds out at once which of some rows are finite, and what kept_log wants to know of the `normalized` ones.
+        There is a row, and none is late."""
         ordered = sorted(rows)
-        if not ordered:
-            return
         whole_NV = self._rows(ordered)
         lowest, highest = whole_NV.amin(-1), whole_NV.amax(-1)
         is_finite = (lowest.isfinite() & highest.isfinite()).tolist()

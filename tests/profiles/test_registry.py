@@ -10,8 +10,8 @@ import pytest
 from tiny_profile import FACTS
 
 from uld_serve.errors import ProfileCorrupt, ProfileError, ProfileMismatch, UnknownProfile
-from uld_serve.profiles.profile import ProfileVersion
-from uld_serve.profiles.registry import Registry, check_base
+from uld_serve.profiles.profile import ModelSpec, ProfileVersion, StreamSpec
+from uld_serve.profiles.registry import Registry, check_base, find_profile
 
 Maker = Callable[..., tuple[Path, ProfileVersion]]
 
@@ -87,3 +87,45 @@ def test_profile_for_another_base_is_refused_naming_both(
         check_base(version, dataclasses.replace(FACTS, **change))
     assert all(value in caught.value.message for value in both)
     assert "'acme'" in caught.value.message
+
+
+def test_a_stream_elsewhere_adapts_other_weights_than_the_bases(make_profile: Maker) -> None:
+    version = make_profile()[1]
+    model = ModelSpec(id="other", fingerprint="sha256:" + "f" * 64, tokenizer="sha256:" + "0" * 64)
+    stream = StreamSpec(name="assistant", fork=0, exit=4, kv="own", adapter="adapter", model=model)
+    profile = version.profile.model_copy(update={"streams": (stream,)})
+    check_base(dataclasses.replace(version, profile=profile), dataclasses.replace(FACTS, module_shapes={}))
+    with pytest.raises(ProfileMismatch, match="adapts a weight of"):
+        check_base(version, dataclasses.replace(FACTS, module_shapes={"another": (1, 1)}))
+
+
+def test_shapes_that_a_base_does_not_tell_are_not_compared(make_profile: Maker) -> None:
+    check_base(make_profile()[1], dataclasses.replace(FACTS, module_shapes=None))
+
+
+def test_a_name_means_another_version_after_it_was_replaced(make_profile: Maker, tmp_path: Path) -> None:
+    _, first = make_profile("acme")
+    _, other = make_profile("acme", root=tmp_path / "other", strength=3.0)
+    registry = Registry()
+    assert registry.replace(first) is None
+    assert registry.replace(other) is first
+    assert registry.get("acme") is other
+    assert registry.remove("acme") is other
+    assert len(registry) == 0
+    with pytest.raises(UnknownProfile, match="known: none"):
+        registry.remove("acme")
+
+
+def test_a_profile_is_found_by_its_own_name_not_its_folders(make_profile: Maker) -> None:
+    directory, version = make_profile("acme")
+    moved = directory.rename(directory.parent / "elsewhere")
+    make_profile("beta")
+    found, read = find_profile(moved.parent, "acme")
+    assert (found, read.digest) == (moved, version.digest)
+    with pytest.raises(UnknownProfile, match=r"no profile .elsewhere. in .*; there is: beta, acme"):
+        find_profile(moved.parent, "elsewhere")
+
+
+def test_an_empty_folder_has_no_profile(tmp_path: Path) -> None:
+    with pytest.raises(UnknownProfile, match="there is: none"):
+        find_profile(tmp_path, "acme")

@@ -13,6 +13,7 @@ from fake_engine import FakeEngine
 from fastapi.routing import APIRoute
 from live_server import LiveServer, make_catalog
 
+from uld_serve.server.admin import Desk, create_admin_app
 from uld_serve.server.admission import Backend
 from uld_serve.server.app import create_app
 from uld_serve.server.examples import ERROR_EXAMPLE, EXAMPLES
@@ -111,6 +112,29 @@ def test_only_the_page_and_the_status_routes_need_no_key() -> None:
         "GET /ready",
         "GET /version",
     }
+
+
+def test_errors_are_json_whatever_the_answer_is() -> None:
+    for key, operation in operations():
+        errors = [answer["content"] for status, answer in operation["responses"].items() if status != "200"]
+        assert {media for content in errors for media in content} == {"application/json"}, key
+
+
+def test_operators_have_a_document_too() -> None:
+    app = create_admin_app(make_catalog(), Desk(Backend(FakeEngine()), None, 0.0))
+    made = document(app)
+    shown = {
+        path: operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
+        for path, item in made["paths"].items()
+        for operation in item.values()
+        if "requestBody" in operation
+    }
+    assert shown == {
+        "/admin/forget_profiles/{name}/load": "LoadRequest",
+        "/admin/drain": "DrainRequest",
+    }
+    assert all("security" in operation for item in made["paths"].values() for operation in item.values())
+    assert app.openapi() is made
 
 
 def test_document_is_served(server: LiveServer) -> None:

@@ -10,7 +10,15 @@ from fake_engine import profile_version, registry
 
 from uld_serve.errors import Forbidden, InvalidRequest, ProfileError, UldError, UnknownProfile
 from uld_serve.profiles.registry import Registry
-from uld_serve.server.policy import DEVELOPMENT, KeyPolicy, Selection, profile_set, resolve, select
+from uld_serve.server.policy import (
+    DEVELOPMENT,
+    KeyPolicy,
+    Selection,
+    profile_set,
+    require_logprobs_allowed,
+    resolve,
+    select,
+)
 
 KEYS = {
     "development": DEVELOPMENT,
@@ -160,3 +168,47 @@ def test_none_is_a_word_of_its_own() -> None:
     for names in (["none", "acme"], [""], ["acme", ""]):
         with pytest.raises(InvalidRequest):
             profile_set(names, param="p")
+
+
+def test_a_key_sees_what_it_may_ask_for_or_must_forget() -> None:
+    key = KeyPolicy(name="k", allowed=frozenset({"a"}), mandatory=frozenset({"m"}), default=frozenset({"d"}))
+    assert [name for name in ("a", "d", "m", "x") if key.may_see(name)] == ["a", "d", "m"]
+    assert KeyPolicy(name="k").may_see("x")
+
+
+@pytest.mark.parametrize(
+    ("key", "may"),
+    [
+        ("free", True),
+        ("must-forget-something", False),
+        ("bound", True),
+        ("default", True),
+        ("some", False),
+    ],
+)
+def test_who_names_nothing_has_an_answer_where_something_stands_for_it(key: str, may: bool) -> None:
+    assert KEYS[key].may_name_nothing is may
+    assert (outcome(KEYS[key], Selection()) is Forbidden) is not may
+
+
+def test_log_probabilities_are_for_keys_that_may_have_them() -> None:
+    key = KeyPolicy(name="k")
+    rights = (key.logprobs, key.allow_base, key.is_admin, key.may_read_metrics, key.may_fine_tune)
+    assert rights == (False,) * 5
+    require_logprobs_allowed(key, [])
+    require_logprobs_allowed(DEVELOPMENT, ["logprobs", "top_logprobs"])
+    with pytest.raises(Forbidden, match="leave out top_logprobs") as caught:
+        require_logprobs_allowed(key, ["top_logprobs"])
+    assert caught.value.param == "top_logprobs"
+
+
+@pytest.mark.parametrize("names", [["none", "acme"], ["acme", ""], [""], ["none", "none"]])
+def test_none_stands_alone_and_no_name_is_empty(names: list[str]) -> None:
+    with pytest.raises(InvalidRequest, match="X-Forget-Profile: 'none' stands alone") as caught:
+        profile_set(names, param="X-Forget-Profile")
+    assert caught.value.param == "X-Forget-Profile"
+
+
+def test_none_and_nothing_are_the_empty_set() -> None:
+    assert profile_set(None, param="p") == profile_set(["none"], param="p") == frozenset()
+    assert profile_set(["a", "b", "a"], param="p") == frozenset({"a", "b"})

@@ -10,7 +10,7 @@ from typing import Annotated, Generic, Literal, Protocol, TypeVar
 from fastapi import Depends, FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from uld_serve import __version__
 from uld_serve.errors import Forbidden, InvalidRequest
@@ -23,8 +23,9 @@ from uld_serve.server.edge import Edge
 from uld_serve.server.json_gate import parse_object
 from uld_serve.server.loader import Change, Loader
 from uld_serve.server.metrics import CONTENT_TYPE
+from uld_serve.server.openapi import document
 from uld_serve.server.policy import KeyPolicy
-from uld_serve.server.responses import Shape, json_response
+from uld_serve.server.responses import ERRORS, Shape, json_response
 from uld_serve.server.telemetry import Telemetry
 from uld_serve.server.validation import check_request
 
@@ -179,16 +180,19 @@ def create_admin_app(access: Access, desk: Operations) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        responses=ERRORS,
         redirect_slashes=False,
     )
     app.state.catalog, app.state.desk = access, desk
     app.add_middleware(Edge, metrics=desk.telemetry.metrics)
     faults.install(app)
-    app.add_api_route("/admin/forget_profiles", list_profiles, methods=["GET"])
-    app.add_api_route("/admin/forget_profiles/{name}/load", load_profile, methods=["POST"])
-    app.add_api_route("/admin/forget_profiles/{name}", unload_profile, methods=["DELETE"])
-    app.add_api_route("/admin/drain", drain, methods=["POST"])
-    app.add_api_route("/metrics", metrics, methods=["GET"])
+    app.add_api_route("/admin/forget_profiles", list_profiles, methods=["GET"], response_model=ProfileStates)
+    one = "/admin/forget_profiles/{name}"
+    app.add_api_route(f"{one}/load", load_profile, methods=["POST"], response_model=ProfileState)
+    app.add_api_route(one, unload_profile, methods=["DELETE"], response_model=ProfileState)
+    app.add_api_route("/admin/drain", drain, methods=["POST"], response_model=DrainState)
+    app.add_api_route("/metrics", metrics, methods=["GET"], response_class=PlainTextResponse)
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
 
 

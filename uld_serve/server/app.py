@@ -16,12 +16,7 @@ from uld_serve.server.catalog import Catalog
 from uld_serve.server.edge import Edge
 from uld_serve.server.fine_tuning.workshop import Workshop
 from uld_serve.server.openapi import document
-from uld_serve.server.responses import ErrorResponse
-
-ERRORS: dict[int | str, dict[str, object]] = {
-    code: {"model": ErrorResponse} for code in (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503)
-}
-
+from uld_serve.server.responses import ERRORS
 
 ROUTES = (completions, chat, tokens, models, files, fine_tuning_jobs, status, page)
 

@@ -1,17 +1,17 @@
 """The OpenAPI document: FastAPI's, plus the request bodies, which our own gate parses instead of FastAPI, and examples.
-Served at /openapi.json by app; docs/api.md is made of it."""
+Served at /openapi.json by app; docs/api.md is made of it. The operators' application has one too, for tests."""
 
 from __future__ import annotations
 
 import json
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, JsonValue
 
-from uld_serve.server.admission import HEADER, Admit, Parse
+from uld_serve.server.admission import HEADER, Admit
 from uld_serve.server.door import Enter, Receive
 from uld_serve.server.example import Example
 from uld_serve.server.examples import ERROR_EXAMPLE, EXAMPLES
@@ -20,6 +20,13 @@ from uld_serve.server.field_notes import FIELD_NOTES
 _REF = "#/components/schemas/{model}"
 _OPEN = ("/", "/health", "/ready", "/version")
 Json = dict[str, JsonValue]
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A dependency that parses a body: Admit, Parse, and the operators' Body."""
+
+    model: type[BaseModel]
 
 
 def document(app: FastAPI) -> dict[str, object]:
@@ -47,9 +54,9 @@ def example_key(route: APIRoute, method: str) -> str:
     return f"{method} {route.path_format}"
 
 
-def _reader(route: APIRoute) -> Admit | Parse | None:  # type: ignore[type-arg]
+def _reader(route: APIRoute) -> Reader | None:
     for dependency in route.dependant.dependencies:
-        if isinstance(dependency.call, Admit | Parse):
+        if isinstance(dependency.call, Reader):
             return dependency.call
     return None
 
@@ -63,10 +70,15 @@ def _describe(operation: Json, route: APIRoute, method: str) -> Json:
     answers = cast("dict[str, Json]", operation["responses"])
     for status, answer in answers.items():
         content = cast("dict[str, Json]", answer.get("content", {}))
-        for one in content.values():
-            one["example"] = ERROR_EXAMPLE if status != "200" else None if example is None else example.answer
-        if status == "200" and example is not None and example.events:
-            content["text/event-stream"] = {"schema": {"type": "string"}, "example": _stream(example)}
+        if status != "200":
+            # FastAPI gives errors the media type of the answer: text/html for a page's.
+            (shape,) = content.values()
+            answer["content"] = {"application/json": {**shape, "example": ERROR_EXAMPLE}}
+        elif example is not None:
+            for one in content.values():
+                one["example"] = example.answer
+            if example.events:
+                content["text/event-stream"] = {"schema": {"type": "string"}, "example": _stream(example)}
     reader = _reader(route)
     if reader is None:
         return {}

@@ -208,5 +208,11 @@ class ErrorResponse(Shape):
     error: ErrorDetail
 
 
+# Of every route, for the OpenAPI document.
+ERRORS: dict[int | str, dict[str, object]] = {
+    code: {"model": ErrorResponse} for code in (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503)
+}
+
+
 def json_response(body: Shape, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(body.json_bytes(), status_code=status, headers=headers, media_type="application/json")
