@@ -56,8 +56,9 @@ def example_key(route: APIRoute, method: str) -> str:
 
 def _reader(route: APIRoute) -> Reader | None:
     for dependency in route.dependant.dependencies:
-        if isinstance(dependency.call, Reader):
-            return dependency.call
+        call: object = dependency.call
+        if isinstance(call, Reader):
+            return call
     return None
 
 
