@@ -37,11 +37,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 MODEL, NUM_TOKENS, NUM_CLIENTS = "tiny-llama", 24, 6
 RESULTS = "ULD_FLEET_RESULTS"
-START_S = 1500.0
+START_S, REQUEST_S = 1500.0, 600.0
 # Ray gives up on its own processes after seconds that a busy machine of two cores does not have.
 PATIENCE = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "600",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "600",
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "10",
+    "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "60",
     "RAY_worker_register_timeout_seconds": "900",
     "RAY_health_check_timeout_ms": "60000",
     "RAY_health_check_failure_threshold": "20",
@@ -62,10 +64,15 @@ class Fleet:
     results: dict[str, object] = field(default_factory=dict)
 
     def post(self, body: dict[str, object], **kwargs: object) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120, **kwargs)
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=REQUEST_S, **kwargs)
 
     def admin(self, method: str, path: str, body: object = None) -> httpx.Response:
         return httpx.request(method, f"{self.admin_url}{path}", json=body, timeout=300)
+
+    def active(self) -> dict[str, str]:
+        """Digests by name."""
+        listed = self.admin("GET", "/admin/forget_profiles").json()["data"]
+        return {one["name"]: one["digest"] for one in listed}
 
     def load(self, directory: str) -> str:
         answer = self.admin("POST", "/admin/forget_profiles/acme/load", {"directory": directory})
@@ -87,6 +94,12 @@ class Fleet:
             path.name.split(".")[1]: [json.loads(line) for line in path.read_text().splitlines()]
             for path in self.folder.glob("audit.*.jsonl")
         }
+
+    def admitted(self) -> Counter[str]:
+        """Requests, by replica."""
+        return Counter(
+            {name: sum(one["event"] == "admitted" for one in lines) for name, lines in self.audited().items()}
+        )
 
 
 WORDS = ("This", "That", "Here", "There", "Once", "Never")
@@ -232,11 +245,10 @@ def test_streams_pass_token_by_token(served: Fleet) -> None:
 
 
 def test_what_begins_alike_goes_to_one_replica_and_the_rest_is_spread(served: Fleet) -> None:
-    before = {name: len(lines) for name, lines in served.audited().items()}
+    before = served.admitted()
     for number in range(6):
         served.post({**ask(PROMPTS[0] + str(number)), "max_tokens": 1})
-    grown = [name for name, lines in served.audited().items() if len(lines) > before.get(name, 0)]
-    assert len(grown) == 1
+    assert sorted((served.admitted() - before).values()) == [6]
     for number in range(24):
         served.post({**ask(f"{number:032d}"), "max_tokens": 1})
     assert len([name for name in served.audited() if name != "ledger"]) == 2
@@ -350,10 +362,10 @@ def test_a_change_that_one_replica_cannot_make_changes_nothing(served: Fleet) ->
     for path in broken.rglob("*.safetensors"):
         path.chmod(0o600)
         path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
-    before = served.admin("GET", "/admin/forget_profiles").json()
+    before = served.active()
     answer = served.admin("POST", "/admin/forget_profiles/acme/load", {"directory": "acme-3"})
     assert answer.status_code == 409
-    assert served.admin("GET", "/admin/forget_profiles").json() == before
+    assert served.active() == before
     shutil.rmtree(broken)
 
 
@@ -365,7 +377,7 @@ def test_metrics_are_of_both_replicas(served: Fleet) -> None:
 
 def test_a_replica_killed_under_load_costs_what_it_was_answering_and_no_more(served: Fleet) -> None:
     load, before = Load(served), served.replicas()
-    active = served.admin("GET", "/admin/forget_profiles").json()["data"][0]["digest"]
+    active = served.active()["acme"]
     victim = before[0]
     with load.running():
         load.until(12)
@@ -389,7 +401,7 @@ def test_a_replica_killed_under_load_costs_what_it_was_answering_and_no_more(ser
     assert set(load.num_right) == {active}
     # A client asks again at once: more failures than clients would mean that somebody was sent there twice.
     assert len(load.failed) <= NUM_CLIENTS
-    assert all(one.startswith("503") and "engine_stopped" in one for one in load.failed)
+    assert [one for one in load.failed if not (one.startswith("503") and "engine_stopped" in one)] == []
     served.results["replica_killed"] = {
         "in_flight_there_by_audit": len(in_flight),
         "seconds_to_new_replica_answering": round(recovered_s, 1),
