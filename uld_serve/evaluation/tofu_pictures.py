@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from uld_serve.evaluation.groups import Figures
+from uld_serve.evaluation.lineup import REFERENCE
 from uld_serve.evaluation.pictures import DASHES, MARKS, Range, new_figure, range_at, save
 from uld_serve.evaluation.tofu import Array, Samples, TruthRatio, truth_ratios
 
@@ -125,7 +126,10 @@ def _ratios(figure: Any, forgotten: Mapping[str, Samples], split: str, variant: 
     every_N = np.concatenate(list(logs.values()))
     grid_G = np.linspace(every_N.min() - 0.3, every_N.max() + 0.3, 400)
     for number, (name, logs_N) in enumerate(logs.items()):
-        style, color = DASHES[number % len(DASHES)], f"C{number % 10}"
+        # The reference is what all others are held against: no other is black, and its line is whole.
+        is_reference = name == REFERENCE
+        style = "-" if is_reference else DASHES[number % len(DASHES)]
+        color = "black" if is_reference else f"C{number % 10}"
         density.plot(10**grid_G, smoothed(logs_N, grid_G), style, color=color, linewidth=1.6)
         upward = (np.arange(1, len(logs_N) + 1) / len(logs_N)).tolist()
         ratios_N = 10 ** np.sort(logs_N)
