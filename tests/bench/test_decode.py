@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 
 import pytest
+from kept_profiles import Kept
+from tiny_base import Tiny
 
 from uld_serve import cli
 from uld_serve.bench import decode
@@ -196,3 +198,38 @@ def test_options_that_mean_nothing_are_refused(
 ) -> None:
     assert cli.main(["bench", "decode", *TINY, *arguments]) == 2
     assert word in capsys.readouterr().err
+
+
+def test_an_adapter_on_the_target_alone_is_measured_beside_plain(
+    bench: Bench, kept: Kept, tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, version = kept.profiles["distilled"]
+    options = [
+        "--model",
+        str(tiny.folder),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--batch",
+        "2",
+        "--context",
+        "8",
+    ]
+    options += [
+        "--steps",
+        "2",
+        "--profiles",
+        str(folder),
+        "--profile",
+        "distilled",
+        "--modes",
+        "plain",
+        "unlearned",
+    ]
+    found = bench("decode", *options)
+    assert set(found["ratios"]["2"]) == {"unlearned/plain"}
+    assert (found["settings"]["profile"], found["settings"]["fork"]) == (version.ref, None)
+
+    assert cli.main(["bench", "decode", *options, "naive"]) == 2
+    assert "has no assistant to vary" in capsys.readouterr().err

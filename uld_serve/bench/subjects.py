@@ -55,7 +55,7 @@ class Subjects:
     modes: tuple[Mode, ...]
     versions: tuple[ProfileVersion, ...]
     naive_layers: int
-    description: dict[str, str | int | list[str]]
+    description: dict[str, str | int | list[str] | None]
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Subjects:
@@ -63,8 +63,15 @@ class Subjects:
         modes = _modes(args)
         base = target_of(args)
         versions = _versions(args, base, modes)
-        stream = versions[0].profile.streams[0]
-        naive_layers = args.assistant_layers or stream.exit - stream.fork
+        # A profile that is only an adapter on the target itself has none.
+        stream = next(iter(versions[0].profile.streams), None)
+        if stream is None and (beside := set(modes) & {"naive", "all-layers", "own-kv"}):
+            raise InvalidRequest(
+                f"'{versions[0].name}' has no assistant to vary; leave {', '.join(sorted(beside))} out of --modes"
+            )
+        naive_layers = args.assistant_layers or (
+            base.num_layers if stream is None else stream.exit - stream.fork
+        )
         if not 0 < naive_layers <= base.num_layers:
             raise InvalidRequest(f"--assistant-layers must be 1 to {base.num_layers}, not {naive_layers}")
         adapter = next(iter(versions[0].adapters.values()))
@@ -78,9 +85,9 @@ class Subjects:
                 "dtype": str(base.dtype).removeprefix("torch."),
                 "profile": versions[0].ref,
                 "profiles_in_batch": len(versions),
-                "fork": stream.fork,
-                "exit": stream.exit,
-                "kv": stream.kv,
+                "fork": None if stream is None else stream.fork,
+                "exit": None if stream is None else stream.exit,
+                "kv": None if stream is None else stream.kv,
                 "rank": adapter.rank,
                 "modules": list(adapter.modules),
                 "rule": versions[0].profile.rule.kind,
