@@ -25,7 +25,7 @@ PARTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 GATE_KILLED, SAMPLE, SEED = 0.9, 400, 20_261_122
 CAUGHT = ("killed", "timeout", "segfault")
 # Words for people: what an error says is not what it is.
-WORDS = r'^\s*f?"[^"]* [^"]*"$|(Error|Forbidden|InvalidRequest|UnknownProfile|ProfileMismatch)\(f?"'
+WORDS = r'^\s*f?"[^"]* [^"]*",?$|(Error|Forbidden|InvalidRequest|UnknownProfile|ProfileMismatch)\(f?"'
 
 
 @dataclass(frozen=True, slots=True)
