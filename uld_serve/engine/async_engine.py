@@ -213,7 +213,7 @@ class AsyncEngine:
             command()
 
     def _tidy(self) -> None:
-        """What steps have freed, oneDNN's kernels for numbers of rows that no longer come among it."""
+        """Gives back what steps have freed."""
         if self._has_stepped and self._beat - self._tidied >= TIDY_S:
             give_back()
             self._tidied, self._has_stepped = self._beat, False

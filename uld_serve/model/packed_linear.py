@@ -7,14 +7,8 @@ oneDNN otherwise reorders the weight on every call. Measured on 1 core of an AMD
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import nn
-
-# oneDNN makes a kernel of its own for every number of rows, some 4 MB for all layers of a model, and keeps 1,024. With
-# 256 a third of what they take is given back (docs/reliability.md); older ones are made anew. Read at its first use.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 # oneDNN picks a layout for about this many rows. In bf16 any hint gives the same; in fp32 a hint of 1 is slow at 8.
 ROWS_HINT = 8
